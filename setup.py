@@ -1,0 +1,59 @@
+"""Packaging of JMT-dist; exact versions are pinned in constraints-cuda13.txt and constraints-cuda12.txt."""
+
+import os
+
+from setuptools import find_packages, setup
+
+# CUDA=12 selects DALI's wheel for older drivers; torch's wheel is chosen by the constraints file
+DALI = f"nvidia-dali-cuda{'120' if os.environ.get('CUDA') == '12' else '130'}>=2.0"
+
+setup(
+    name="jmt-dist",
+    version="0.1.0",
+    description="Distributed training stack for audio-visual valence/arousal estimation with a Joint Multimodal Transformer",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.13",
+    packages=find_packages(include=["jmt_dist", "jmt_dist.*"]),
+    package_data={"jmt_dist": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11",
+        "torchvision>=0.26",
+        DALI,
+        "deepspeed==0.19.8",
+        "webdataset>=1.0",
+        "submitit>=1.5.3",
+        "numpy>=2.0",
+        "scipy>=1.13",
+        "scikit-learn>=1.5",
+        "mlflow==3.17.2",  # 3.18.0 asks for an mlflow-skinny that was never published
+        "psutil>=6",
+        "nvidia-ml-py>=12",
+        "pydantic>=2.9",
+        "omegaconf>=2.3",
+        "pyyaml>=6",
+        "av>=13",
+        "soundfile>=0.12",
+        "Pillow>=11",
+        "safetensors>=0.4",
+        "pyarrow>=17",
+        "onnx>=1.17",
+        "rich>=13",
+        "matplotlib>=3.9",
+        "ninja>=1.11",
+        "setuptools",
+    ],
+    extras_require={
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6",
+            "librosa>=0.10",
+            "onnxruntime>=1.20",
+            "onnxscript>=0.5",
+            "ruff>=0.8",
+            "mypy>=1.13",
+            "types-PyYAML",
+        ],
+        "postgres": ["psycopg2-binary>=2.9"],
+    },
+)
