@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 OFFICIAL = "official"
 STAGES = ("visual", "audio", "features", "fusion", "evaluate")
@@ -22,6 +22,8 @@ FusionModel = Literal[
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+# YAML reads `time: 90` and `account: 1234` as numbers; here they are words
+Word = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 Offsets = Annotated[list[Annotated[int, Field(ge=0, le=7)]], Field(min_length=1)]
 
 
@@ -219,15 +221,15 @@ class Site(Options):
     gres: bool = Field(False, description="ask for GPUs by --gres=gpu:N instead of --gpus-per-node=N")
     cpus_per_rank: Positive = Field(1, description="CPU cores per process; also torch's threads")
     memory_gb: Count = Field(0, description="memory per node in GB asked of SLURM; 0 = the partition's default")
-    time: str = Field("24:00:00", description="time limit of a fold job: minutes, HH:MM:SS or D-HH:MM:SS")
+    time: Word = Field("24:00:00", description="time limit of a fold job: minutes, HH:MM:SS or D-HH:MM:SS")
     tries: Positive = Field(3, description="starts of a fold job, at most, after timeouts, preemption and crashes")
-    partition: str = Field("", description="SLURM partition")
-    account: str = Field("", description="SLURM account")
-    qos: str = Field("", description="SLURM quality of service")
-    constraint: str = Field("", description="SLURM node constraint")
-    exclude: str = Field("", description="SLURM nodes to leave out")
+    partition: Word = Field("", description="SLURM partition")
+    account: Word = Field("", description="SLURM account")
+    qos: Word = Field("", description="SLURM quality of service")
+    constraint: Word = Field("", description="SLURM node constraint")
+    exclude: Word = Field("", description="SLURM nodes to leave out")
     environment: list[str] = Field([], description="shell lines before the job starts, such as module load")
-    extra: dict[str, str] = Field({}, description="further sbatch options, name: value")
+    extra: dict[str, Word] = Field({}, description="further sbatch options, name: value")
     staging: str = Field("", description="node-local folder to copy the shards to before training; empty = none")
     signal_seconds: Positive = Field(120, description="seconds before the time limit at which SLURM warns the job")
     tracking_uri: str = Field("", description="MLflow tracking URI; empty: sqlite beside the run (local), spool only (slurm)")

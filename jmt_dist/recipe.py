@@ -210,12 +210,14 @@ def split_words(words: Sequence[str], own: type[BaseModel]) -> tuple[list[str], 
     for word in words:
         key, _ = parse_word(word)
         root = key.split(".")[0]
-        if root == "site" and "." in key:
+        if key in field_names(own):
+            mine.append(word)
+        elif root == "site" and "." in key:
             site.append(word.removeprefix("site."))
+        elif root in Recipe.model_fields:  # before `own`: `folds=[…]` may be the program's while `folds.seed=1` is the recipe's
+            recipe.append(word)
         elif root in own.model_fields:
             mine.append(word)
-        elif root in Recipe.model_fields:
-            recipe.append(word)
         else:
             raise UsageError(f"unknown key `{key}` (word `{word}`)", nearest(key, names))
     return mine, site, recipe
