@@ -16,9 +16,7 @@ STAGES = ("visual", "audio", "features", "fusion", "evaluate")
 FUSION_MODELS = ("jmt", "visual", "audio", "concat", "lstm", "vanilla", "selfattn_lstm", "jca", "lfan", "tcn", "gated")
 
 Stage = Literal["visual", "audio", "features", "fusion", "evaluate"]
-FusionModel = Literal[
-    "jmt", "visual", "audio", "concat", "lstm", "vanilla", "selfattn_lstm", "jca", "lfan", "tcn", "gated"
-]
+FusionModel = Literal["jmt", "visual", "audio", "concat", "lstm", "vanilla", "selfattn_lstm", "jca", "lfan", "tcn", "gated"]
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -139,7 +137,9 @@ class JmtOptions(Options):
     scale: Literal["none", "sqrt"] = Field("none", description="none: scores as printed; sqrt: divided by the root of the head size")
     bias: Literal["none", "log_length"] = Field("none", description="log_length: minus the log of the sequence length is added to scores")
     cross: Literal["separate", "shared"] = Field("separate", description="six cross-attentions, or three shared by query modality")
-    head: Literal["concat", "self_attention"] = Field("concat", description="concat: 3072 -> 1024 -> 128 -> 1; self_attention: over the six outputs")
+    head: Literal["concat", "self_attention"] = Field(
+        "concat", description="concat: 3072 -> 1024 -> 128 -> 1; self_attention: over the six outputs"
+    )
     joint: bool = Field(True, description="use the joint stream J = FC([Fa; Fv])")
     normalise: bool = Field(False, description="L2-normalise input features")
     heads: Positive = Field(1, description="attention heads")
@@ -156,7 +156,9 @@ class FusionOptions(TrainOptions):
     batch: Positive = Field(2, description="subsequences per optimiser step, over all ranks and accumulation steps")
     max_epochs: Positive = Field(5, description="passes over the training samples at most")
     offsets_per_epoch: Annotated[int, Field(ge=1, le=8)] = Field(8, description="offsets of each sample used in one epoch")
-    validation_offsets: Offsets = Field([0, 1, 2, 3, 4, 5, 6, 7], description="offsets of the validation samples that give the early-stopping score")
+    validation_offsets: Offsets = Field(
+        [0, 1, 2, 3, 4, 5, 6, 7], description="offsets of the validation samples that give the early-stopping score"
+    )
     model: FusionModel = Field("jmt", description="fusion model")
     jmt: JmtOptions = Field(JmtOptions(), description="knobs of fusion.model=jmt")
     seeds: Annotated[list[Count], Field(min_length=1)] = Field([0], description="one training per seed; scores are averaged")
@@ -171,6 +173,7 @@ class EvaluateOptions(Options):
     offsets: Offsets = Field([0, 1, 2, 3, 4, 5, 6, 7], description="offsets predicted; frames between are interpolated")
     smooth_valence: Positive = Field(1, description="box window in frames for valence; 1 = none")
     smooth_arousal: Positive = Field(1, description="box window in frames for arousal; 1 = none")
+    test: bool = Field(False, description="also predict the dataset's test units, for the challenge file")
     bootstrap: Count = Field(1000, description="bootstrap rounds over videos for the 95 % interval; 0 = none")
 
 
@@ -242,7 +245,9 @@ class FixtureOptions(Options):
     units: Annotated[int, Field(ge=3)] = Field(24, description="annotated units in train and validation together")
     test_units: Count = Field(2, description="units without labels")
     rows: Annotated[int, Field(ge=64)] = Field(256, description="label rows per unit")
-    gotchas: Literal["none", "harmless", "all"] = Field("harmless", description="irregularities of the real dataset: those that cost no unit, or all")
+    gotchas: Literal["none", "harmless", "all"] = Field(
+        "harmless", description="irregularities of the real dataset: those that cost no unit, or all"
+    )
     seed: Count = Field(0, description="seed of identities, walks and noise")
     workers: Positive = Field(2, description="processes")
 

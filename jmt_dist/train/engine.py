@@ -1,0 +1,86 @@
+"""A DeepSpeed engine from the options of a recipe (DESIGN section 10)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from jmt_dist.config import EngineOptions, OptimizerOptions, ScheduleOptions
+from jmt_dist.errors import UserError
+
+_PRECISION: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "autocast": {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+    "bf16": {"bf16": {"enabled": True}},
+    "fp16": {"fp16": {"enabled": True}},  # dynamic loss scaling
+}
+
+
+def make_optimizer(parameters: list[nn.Parameter], options: OptimizerOptions) -> torch.optim.Optimizer:
+    """The optimiser of a stage; momentum is SGD's only."""
+    if options.name == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=options.lr, momentum=options.momentum, nesterov=options.nesterov, weight_decay=options.weight_decay
+        )
+    kind = torch.optim.Adam if options.name == "adam" else torch.optim.AdamW
+    return kind(parameters, lr=options.lr, weight_decay=options.weight_decay)
+
+
+def rate(options: ScheduleOptions, steps: int, step: int) -> float:
+    """Factor of the learning rate at `step` (from 0) of `steps`: linear warm-up, then constant, cosine or linear to 0."""
+    if step < options.warmup_steps:
+        return (step + 1) / options.warmup_steps
+    if options.name == "constant":
+        return 1.0
+    done = min(1.0, (step - options.warmup_steps) / max(1, steps - options.warmup_steps))
+    return 0.5 * (1 + math.cos(math.pi * done)) if options.name == "cosine" else 1 - done
+
+
+def _check_precision(options: EngineOptions, device: torch.device) -> None:
+    if options.precision == "fp16" and device.type != "cuda":
+        raise UserError("engine.precision=fp16 needs a GPU", "Use engine.precision=autocast or fp32 on this machine.")
+
+
+def make_engine(
+    model: nn.Module,
+    *,
+    engine: EngineOptions,
+    optimizer: OptimizerOptions,
+    schedule: ScheduleOptions,
+    steps: int,
+    micro_batch: int,
+    accumulation: int,
+    device: torch.device,
+) -> Any:
+    """A DeepSpeed engine around `model`, moved to `device`.
+
+    `steps` is the number of optimiser steps the schedule spreads over; `micro_batch` is only what DeepSpeed records.
+    """
+    import deepspeed
+
+    _check_precision(engine, device)
+    model = model.to(device)
+    if engine.compile:
+        model.compile()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = make_optimizer(parameters, optimizer)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(schedule, steps, step))
+    config = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": engine.clip,
+        "zero_optimization": {"stage": engine.zero},
+        "zero_allow_untested_optimizer": True,  # DeepSpeed's list of tested optimisers lacks SGD; compared with torch's in a test
+        "steps_per_print": 10**9,
+        **_PRECISION[engine.precision],
+    }
+    wrapped, *_ = deepspeed.initialize(model=model, optimizer=optimiser, lr_scheduler=scheduler, config=config)
+    return wrapped
+
+
+def input_type(options: EngineOptions) -> torch.dtype:
+    """What floating inputs are cast to: bf16 and fp16 engines hold parameters of that type, autocast ones fp32."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(options.precision, torch.float32)

@@ -1,0 +1,142 @@
+"""The whole pipeline of one fold: visual, audio, features, fusion, evaluate; what a rank of a fold job calls."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jmt_dist.config import STAGES, Recipe, Site
+from jmt_dist.errors import UserError
+from jmt_dist.track.tracker import Tracker
+from jmt_dist.train import ranks, stop
+from jmt_dist.train.backbone import audio_stage, visual_stage
+from jmt_dist.train.extract import extract
+from jmt_dist.train.fuse import fusion_stage, stored_features
+from jmt_dist.train.plan import FoldPlan, claim, open_parts
+from jmt_dist.train.report import Status, now
+from jmt_dist.train.score import TARGETS, evaluate
+from jmt_dist.train.stage import Stage, Surroundings, finished, train
+
+
+def run_fold(recipe: Recipe, site: Site, fold: str, out: Path) -> None:
+    """Run the recipe's stages of one fold in `<out>/<fold>`; stages that are done with the same key are skipped.
+
+    Every rank calls it, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set (or none of them: one process).
+    Raises Stopped after saving where a stop was requested, and UserError for what the user can mend.
+    """
+    torch.set_num_threads(site.cpus_per_rank)
+    device = ranks.choose_device(site.device)
+    ranks.start(device)
+    folder = Path(out) / fold
+    folder.mkdir(parents=True, exist_ok=True)
+    status = Status(folder, fold)
+    status.set(state="running", start=now(), reason="")
+    with _tracker(folder) as tracker:
+
+        def log(metrics: dict[str, float], step: int) -> None:
+            if tracker is not None:
+                tracker.spool.metrics(metrics, step)
+
+        manifest, parts = open_parts(recipe, site, fold)
+        around = Surroundings(recipe.engine, device, log, status.progress)
+        plan = FoldPlan(recipe, site, fold, folder, device, manifest, parts, around)
+        try:
+            for name in STAGES:
+                if name in recipe.stages:
+                    _between(plan)
+                    _STAGES[name](plan, tracker)
+        except stop.Stopped as reason:
+            status.set(state="stopped", reason=str(reason))
+            raise
+        status.set(state="done")
+        if tracker is not None:
+            tracker.spool.state("FINISHED")
+
+
+class _NoTracker:
+    """Ranks other than 0, and folds that nobody tracks."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+def _tracker(folder: Path) -> Any:
+    """The tracker of this fold on rank 0: it ships to the run that run.json names, or only spools where there is none."""
+    if ranks.rank() != 0:
+        return _NoTracker()
+    spool = folder / "spool"
+    try:
+        run = json.loads((spool / "run.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        run = {}
+    return Tracker(spool, run.get("uri", ""), run.get("run_id", ""))
+
+
+def _between(plan: FoldPlan) -> None:
+    """Between stages: act on a stop request, in agreement of all ranks."""
+    if ranks.any_rank(bool(stop.requested()), plan.device):
+        raise stop.Stopped(stop.requested() or "another rank was asked to stop")
+
+
+def _train(plan: FoldPlan, name: str, folder: Path, key: str, make: Callable[[], Stage]) -> None:
+    if finished(folder, key) is not None:
+        if ranks.rank() == 0:
+            print(f"{plan.fold} {name}: already done", flush=True)
+        return
+    claim(folder, key)
+    train(make(), plan.around)
+
+
+def _visual(plan: FoldPlan, tracker: Any) -> None:
+    _train(plan, "visual", plan.folder / "visual", plan.key("visual"), lambda: visual_stage(plan))
+
+
+def _audio(plan: FoldPlan, tracker: Any) -> None:
+    _train(plan, "audio", plan.folder / "audio", plan.key("audio"), lambda: audio_stage(plan))
+
+
+def _features(plan: FoldPlan, tracker: Any) -> None:
+    for name in ("visual", "audio"):
+        if finished(plan.folder / name, plan.key(name)) is None:
+            raise UserError(f"the {name} stage of this recipe is not done in {plan.folder}", f"Run stages=[{name}] first.")
+    extract(plan)
+
+
+def _fusion(plan: FoldPlan, tracker: Any) -> None:
+    from jmt_dist.train.fuse import fusion_folder
+
+    train_set, validation_set = stored_features(plan, "train"), stored_features(plan, "validation")
+    for model, seed in plan.fusions():
+        folder, key = fusion_folder(plan, model, seed), plan.fusion_key(model, seed)
+        _between(plan)
+        _train(
+            plan, f"fusion/{model}-seed{seed}", folder, key,
+            lambda model=model, seed=seed: fusion_stage(plan, model, seed, train_set, validation_set),  # type: ignore[misc]
+        )  # fmt: skip
+
+
+def _evaluate(plan: FoldPlan, tracker: Any) -> None:
+    plan.around.status(stage="evaluate", epoch=0, step=0, steps=1, score=None)
+    metrics = evaluate(plan)
+    if ranks.rank() != 0:
+        return
+    plan.around.status(stage="evaluate", epoch=0, step=1, steps=1, score=metrics["average"])
+    if tracker is not None:
+        tracker.spool.metrics({target: metrics[target] for target in TARGETS}, 0)
+        tracker.spool.artifact(plan.folder / "metrics.json")
+
+
+_STAGES: dict[str, Callable[[FoldPlan, Any], None]] = {
+    "visual": _visual,
+    "audio": _audio,
+    "features": _features,
+    "fusion": _fusion,
+    "evaluate": _evaluate,
+}

@@ -1,0 +1,93 @@
+"""The fusion stage: a fusion model on the features of frozen backbones (paper, sections 3 and 4.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from jmt_dist.config import FusionModel
+from jmt_dist.data.features import FeatureLoader, FeatureSet, read_features
+from jmt_dist.errors import UserError
+from jmt_dist.model.zoo import make_fusion
+from jmt_dist.train.division import usable_ranks
+from jmt_dist.train.engine import input_type
+from jmt_dist.train.plan import FoldPlan
+from jmt_dist.train.ranks import rank, world
+from jmt_dist.train.stage import Batch, Stage, finished
+
+CHUNK = 256  # subsequences per forward pass where nothing is trained
+
+
+def fusion_folder(plan: FoldPlan, model: str, seed: int) -> Path:
+    """Where one training of one fusion model lies."""
+    return plan.folder / "fusion" / f"{model}-seed{seed}"
+
+
+def stored_features(plan: FoldPlan, part: str) -> FeatureSet:
+    """The features of a part. Raises UserError where they are missing or of another recipe."""
+    folder = plan.folder / "features"
+    if finished(folder, plan.key("features")) is None:
+        raise UserError(f"{folder} holds no features of this recipe", "Run the stages visual, audio and features first.")
+    return read_features(folder, part)
+
+
+def fusion_stage(plan: FoldPlan, model: FusionModel, seed: int, train: FeatureSet, validation: FeatureSet) -> Stage:
+    """Training of `model` with `seed`; the ranks that the batch does not divide over wait (DESIGN section 2)."""
+    options = plan.recipe.fusion
+    kind = input_type(plan.recipe.engine)
+    most = min(world(), options.ranks or world())
+    ranks = usable_ranks(options.batch, most, options.accumulation)
+    if ranks == 0:
+        raise UserError(
+            f"fusion.batch={options.batch} does not divide by fusion.accumulation={options.accumulation}", "Change one of them."
+        )
+    held = validation.select(options.validation_offsets)
+
+    def predict(net: nn.Module, batch: Batch, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+        return net(batch["audio"].to(kind), batch["visual"].to(kind)), batch["va"]
+
+    def batches() -> Iterator[Batch]:
+        return _dense(held, rank(), world(), plan.device)
+
+    made = options.model_copy(update={"model": model})
+    own = plan.seed(f"fusion/{model}", options.seed + seed)
+    return Stage(
+        name=f"fusion/{model}-seed{seed}",
+        folder=fusion_folder(plan, model, seed),
+        key=plan.fusion_key(model, seed),
+        model=plan.model(lambda: make_fusion(made), f"fusion/{model}", options.seed + seed),
+        options=options,
+        micro_batch=options.batch // (ranks * options.accumulation),
+        loader=FeatureLoader(
+            train, batch=options.batch // options.accumulation, passes=options.offsets_per_epoch, seed=own, rank=rank(), ranks=ranks,
+            device=plan.device,
+        ),
+        predict=predict,
+        validation=batches,
+        validate=lambda net, batch: (net(batch["audio"].to(kind), batch["visual"].to(kind)), batch["va"]),
+        seed=own,
+    )  # fmt: skip
+
+
+def _dense(features: FeatureSet, first: int, step: int, device: torch.device) -> Iterator[Batch]:
+    """All (sample, offset) pairs of `features`, every `step`-th chunk of them from `first`."""
+    visual, audio, va = (np.reshape(x, (-1, *x.shape[2:])) for x in (features.visual, features.audio, features.va()))
+    for begin in range(first * CHUNK, len(va), step * CHUNK):
+        rows = slice(begin, begin + CHUNK)
+        yield {
+            "visual": torch.from_numpy(visual[rows].astype(np.float32)).to(device),
+            "audio": torch.from_numpy(audio[rows].astype(np.float32)).to(device),
+            "va": torch.from_numpy(va[rows]).to(device),
+        }
+
+
+@torch.no_grad()
+def predict_all(net: nn.Module, features: FeatureSet, device: torch.device) -> np.ndarray:
+    """Predictions [S, O, 8, 2] of a fusion model for all samples and offsets of `features`; this process alone."""
+    net.eval()
+    parts = [net(batch["audio"], batch["visual"]).float().cpu().numpy() for batch in _dense(features, 0, 1, device)]
+    return np.concatenate(parts).reshape(len(features.ident), len(features.offsets), 8, 2)

@@ -1,0 +1,146 @@
+"""What the stages of one fold share: where they write, what they depend on, how they report (DESIGN section 10)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from jmt_dist.config import AudioOptions, FusionModel, Recipe, Site, VisualOptions
+from jmt_dist.data.pipeline import derive_seed
+from jmt_dist.data.shards import Manifest, ShardSet, fold_shards, open_shards
+from jmt_dist.errors import UserError
+from jmt_dist.model.weights import digest
+from jmt_dist.train.ranks import barrier, from_first, rank
+from jmt_dist.train.stage import Surroundings
+
+KEY_FILE = "key.txt"
+
+
+def make_key(*parts: object) -> str:
+    """16 hexadecimal digits of a hash over everything a stage's result depends on."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class FoldPlan:
+    """One fold of one recipe: its folder, its shards, and how to report.
+
+    `parts` maps train, validation and, where the recipe predicts them, test to their shards.
+    """
+
+    recipe: Recipe
+    site: Site
+    fold: str
+    folder: Path
+    device: torch.device
+    manifest: Manifest
+    parts: dict[str, ShardSet]
+    around: Surroundings
+    keys: dict[str, str] = field(default_factory=dict)
+
+    def key(self, stage: str) -> str:
+        """The key of a stage: its options, the data, and the keys of the stages before it."""
+        if stage not in self.keys:
+            self.keys[stage] = self._make_key(stage)
+        return self.keys[stage]
+
+    def _make_key(self, stage: str) -> str:
+        recipe = self.recipe
+        if stage in ("visual", "audio"):
+            options: VisualOptions | AudioOptions = recipe.visual if stage == "visual" else recipe.audio
+            data = {part: self.parts[part].index_hash for part in ("train", "validation")}
+            return make_key(stage, options.model_dump(), recipe.engine.model_dump(), recipe.seed, data, self._manifest(), digest(options))
+        if stage == "features":
+            data = {part: shards.index_hash for part, shards in self.parts.items()}
+            precision = recipe.engine.precision
+            return make_key(stage, recipe.features.offsets, precision, data, self.key("visual"), self.key("audio"))
+        raise ValueError(stage)
+
+    def fusion_key(self, model: FusionModel, seed: int) -> str:
+        """The key of the training of one fusion model with one seed."""
+        beside = {"model", "seeds", "baselines", "baseline_folds", *(() if model == "jmt" else ("jmt",))}
+        options = self.recipe.fusion.model_dump(exclude=beside)
+        return make_key("fusion", model, seed, options, self.recipe.engine.model_dump(), self.recipe.seed, self.key("features"))
+
+    def _manifest(self) -> str:
+        return self.parts["train"].manifest_hash
+
+    def fusions(self) -> list[tuple[FusionModel, int]]:
+        """The (model, seed) pairs this fold trains: the recipe's model first, then its baselines where they belong."""
+        fusion = self.recipe.fusion
+        baselines = fusion.baselines if self.fold in fusion.baseline_folds else []
+        return [(model, seed) for model in (fusion.model, *baselines) for seed in fusion.seeds]
+
+    def seed(self, stage: str, more: int = 0) -> int:
+        """The seed of a stage: streams of different stages never meet."""
+        return derive_seed(stage, self.recipe.seed, more)
+
+    def model(self, make: Any, stage: str, more: int = 0) -> nn.Module:
+        """A module made with the initialisation stream of a stage, equal on every rank."""
+        torch.manual_seed(derive_seed("init", self.seed(stage, more)))
+        module: nn.Module = make()
+        return module
+
+
+def open_parts(recipe: Recipe, site: Site, fold: str) -> tuple[Manifest, dict[str, ShardSet]]:
+    """The manifest and the shards of a fold's parts. Raises UserError for a missing folder, fold or empty split."""
+    folder = Path(recipe.data.shards)
+    manifest = open_shards(folder)
+    names = ["train", "validation", *(["test"] if recipe.evaluate.test else [])]
+    parts = {name: fold_shards(folder, recipe.folds, fold, name) for name in names}  # type: ignore[arg-type]
+    return manifest, {name: _stage_in(shards, site) for name, shards in parts.items()}
+
+
+def _stage_in(shards: ShardSet, site: Site) -> ShardSet:
+    """Copies of the tars on node-local storage, made once per node (site.staging)."""
+    if not site.staging:
+        return shards
+    target = Path(os.path.expandvars(site.staging)) / shards.manifest_hash[:16]
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        target.mkdir(parents=True, exist_ok=True)
+        for tar in shards.tars:
+            copy = target / tar.name
+            if not copy.is_file() or copy.stat().st_size != tar.stat().st_size:
+                part = copy.with_suffix(f".{os.getpid()}.tmp")  # several jobs may stage on one node at once
+                shutil.copyfile(tar, part)
+                os.replace(part, copy)
+    barrier()
+    return ShardSet(
+        tuple(target / tar.name for tar in shards.tars), shards.indexes, shards.samples, shards.manifest_hash, shards.index_hash
+    )
+
+
+def claim(folder: Path, key: str) -> None:
+    """Make a stage's folder; one that belongs to another key is moved aside, never mixed with or deleted. Collective."""
+    problem = ""
+    if rank() == 0:
+        try:
+            _claim(folder, key)
+        except OSError as error:
+            problem = str(error)
+    problem = from_first(problem)
+    if problem:
+        raise UserError(f"{folder} cannot be written ({problem})", "Choose another out= or mend the permissions.")
+
+
+def _claim(folder: Path, key: str) -> None:
+    label = folder / KEY_FILE
+    if folder.exists():
+        old = label.read_text().strip() if label.is_file() else "unknown"
+        if old == key:
+            return
+        aside = folder.with_name(f"{folder.name}.{old}")
+        if aside.exists():
+            shutil.rmtree(aside)  # the same key was moved aside before and made anew since: the newer one stays
+        os.replace(folder, aside)
+        print(f"{folder} was made by other settings and is now {aside}", flush=True)
+    folder.mkdir(parents=True)
+    label.write_text(key + "\n")

@@ -1,0 +1,109 @@
+"""Ranks of a job: helpers that work the same with and without a process group (one process is the ordinary case)."""
+
+from __future__ import annotations
+
+import logging
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from jmt_dist.errors import UserError
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def rank() -> int:
+    """This process's rank; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """Number of ranks; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world() > 1:
+        dist.barrier()
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """The sum over ranks, outside autograd."""
+    if world() > 1:
+        value = value.clone()
+        dist.all_reduce(value)
+    return value
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """True on every rank where it is true on one: ranks agree before they act."""
+    if world() == 1:
+        return flag
+    return bool(sum_over_ranks(torch.tensor(float(flag), device=device)) > 0)
+
+
+def from_first(value: Any) -> Any:
+    """Rank 0's picklable object on every rank."""
+    if world() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of this rank: `auto`, `cpu` or `cuda`."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("site.device=cuda, but torch finds no GPU here", "Use site.device=auto, or ask the scheduler for GPUs.")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def start(device: torch.device) -> None:
+    """Join the job's process group through DeepSpeed, quietly and without compiling an op.
+
+    All of RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT must be set: with one of them missing DeepSpeed would look
+    for MPI. A single process that has none of them becomes a world of one.
+    """
+    if dist.is_initialized():
+        return
+    missing = [name for name in VARIABLES if name not in os.environ]
+    if len(missing) == len(VARIABLES):
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    elif missing:
+        raise UserError(f"the environment sets some of {', '.join(VARIABLES)} but not {', '.join(missing)}", "Set all of them or none.")
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import setuptools  # noqa: F401 before DeepSpeed: otherwise torch warns of distutils
+
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    import deepspeed
+    from deepspeed.utils import set_log_level_from_string
+
+    set_log_level_from_string("error")
+    if device.type == "cpu":
+        # used by inference_all_reduce only; building it would need a compiler and takes a minute (measured: 54 s)
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False, timeout=timedelta(minutes=30))
+
+
+def leave() -> None:
+    """Leave the process group, if any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,119 @@
+"""The evaluate stage: dense predictions of every fusion model of a fold, their scores and files (DESIGN sections 9 and 12)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jmt_dist.data.features import FeatureSet
+from jmt_dist.data.geometry import end_frames
+from jmt_dist.evaluate.bootstrap import interval
+from jmt_dist.evaluate.metric import Scores, scores
+from jmt_dist.evaluate.predict import UnitRows, dense, write_predictions
+from jmt_dist.evaluate.smooth import smooth
+from jmt_dist.model.zoo import make_fusion
+from jmt_dist.train.checkpoint import load_weights
+from jmt_dist.train.extract import autocast
+from jmt_dist.train.fuse import fusion_folder, predict_all, stored_features
+from jmt_dist.train.plan import FoldPlan, claim, make_key
+from jmt_dist.train.ranks import barrier, rank
+from jmt_dist.train.stage import finished, write_json
+
+TARGETS = ("valence", "arousal", "average")
+Rows = dict[str, NDArray[np.float32]]
+
+
+def evaluate(plan: FoldPlan) -> dict[str, Any]:
+    """Score the fold on its validation units; writes predictions and `<fold>/metrics.json`, and returns the metrics on rank 0."""
+    folder = plan.folder / "evaluate"
+    key = make_key("evaluate", plan.recipe.evaluate.model_dump(), [plan.fusion_key(*pair) for pair in plan.fusions()])
+    done = finished(folder, key)
+    if done is not None:
+        return dict(done["metrics"])
+    claim(folder, key)
+    metrics: dict[str, Any] = {}
+    if rank() == 0:
+        metrics = _evaluate(plan)
+        write_json(plan.folder / "metrics.json", metrics)
+        write_json(folder / "done.json", {"key": key, "metrics": metrics})
+    barrier()
+    return metrics
+
+
+def _units(plan: FoldPlan, features: FeatureSet) -> list[UnitRows]:
+    present = np.unique(features.ident[:, 0])
+    return [UnitRows(int(index), plan.manifest.units[index].name, plan.manifest.units[index].rows) for index in present]
+
+
+def unit_labels(features: FeatureSet, units: list[UnitRows]) -> Rows:
+    """Labels [rows, 2] of every frame of each unit (NaN = none): each frame is the end of exactly one clip of one sample."""
+    names = {unit.index: unit.name for unit in units}
+    found = {unit.name: np.full((unit.rows, 2), np.nan, np.float32) for unit in units}
+    for ident, labels in zip(features.ident, features.labels, strict=True):
+        rows = found[names[int(ident[0])]]
+        frames = end_frames(int(ident[1]), int(ident[2])) - 1
+        inside = frames < len(rows)
+        rows[frames[inside]] = labels[inside]
+    return found
+
+
+def _evaluate(plan: FoldPlan) -> dict[str, Any]:
+    validation = stored_features(plan, "validation")
+    test = stored_features(plan, "test") if "test" in plan.parts else None
+    units = _units(plan, validation)
+    labels = unit_labels(validation, units)
+    runs: dict[str, list[Rows]] = {}
+    seeds: dict[str, list[int]] = {}
+    for model, seed in plan.fusions():
+        part = plan.folder / "evaluate" / f"{model}-seed{seed}"
+        predictions = _predict(plan, model, seed, validation, units)
+        write_predictions(part / "predictions.parquet", predictions, labels)
+        if test is not None:
+            write_predictions(part / "test.parquet", _predict(plan, model, seed, test, _units(plan, test)), {})
+        runs.setdefault(model, []).append(predictions)
+        seeds.setdefault(model, []).append(seed)
+    main = plan.recipe.fusion.model
+    summary = _summary(plan, runs[main], seeds[main], labels, units, plan.recipe.evaluate.bootstrap)
+    baselines = {m: _summary(plan, runs[m], seeds[m], labels, units, plan.recipe.evaluate.bootstrap) for m in runs if m != main}
+    return {"fold": plan.fold, "model": main, **summary, "units": len(units), "baselines": baselines}
+
+
+def _predict(plan: FoldPlan, model: Any, seed: int, features: FeatureSet, units: list[UnitRows]) -> Rows:
+    """Dense predictions of one training, clipped to the scale of the labels."""
+    options = plan.recipe.fusion.model_copy(update={"model": model})
+    net = make_fusion(options)
+    load_weights(net, fusion_folder(plan, model, seed) / "best.safetensors")
+    offsets = plan.recipe.evaluate.offsets
+    chosen = features.select(offsets)
+    with autocast(plan.recipe.engine.precision, plan.device):
+        va = predict_all(net.to(plan.device), chosen, plan.device)
+    return {name: np.clip(rows, -1, 1) for name, rows in dense(va, chosen.ident, offsets, units).items()}
+
+
+def _join(rows: Mapping[str, NDArray[Any]], units: list[UnitRows]) -> NDArray[Any]:
+    return np.concatenate([rows[unit.name] for unit in units])
+
+
+def _summary(plan: FoldPlan, runs: list[Rows], seeds: list[int], labels: Rows, units: list[UnitRows], rounds: int) -> dict[str, Any]:
+    """Scores over all labelled frames: the mean over seeds, each seed, the interval over videos, and the smoothed score."""
+    truth = _join(labels, units)
+    each = [scores(_join(run, units), truth) for run in runs]
+    videos = np.concatenate([np.full(unit.rows, plan.manifest.units[unit.index].video) for unit in units])
+    found: dict[str, Any] = {
+        **_mean(each),
+        "seeds": [{"seed": seed, **one.to_dict()} for seed, one in zip(seeds, each, strict=True)],
+        "interval": interval(np.stack([_join(run, units) for run in runs]), truth, videos, rounds, plan.recipe.seed),
+        "frames": each[0].frames,
+    }
+    windows = plan.recipe.evaluate.smooth_valence, plan.recipe.evaluate.smooth_arousal
+    if max(windows) > 1:
+        smoothed = [scores(_join({name: smooth(va, *windows) for name, va in run.items()}, units), truth) for run in runs]
+        found["smoothed"] = {"windows": windows, **_mean(smoothed)}
+    return found
+
+
+def _mean(each: list[Scores]) -> dict[str, float]:
+    return {target: float(np.mean([getattr(one, target) for one in each])) for target in TARGETS}
