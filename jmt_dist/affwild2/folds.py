@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def make_folds(units: Iterable[UnitSummary], options: FoldOptions) -> Folds:
     Raises UserError: fewer videos than parts, or a name given twice.
     """
     given = sorted(units, key=lambda unit: unit.name)
-    for one, other in zip(given, given[1:], strict=False):
+    for one, other in pairwise(given):
         if one.name == other.name:
             raise UserError(f"unit `{one.name}` is given twice", "Keep one of its label files.")
     train = [unit for unit in given if unit.split == "train"]
