@@ -73,8 +73,6 @@ def start(device: torch.device) -> None:
     All of RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT must be set: with one of them missing DeepSpeed would look
     for MPI. A single process that has none of them becomes a world of one.
     """
-    if dist.is_initialized():
-        return
     missing = [name for name in VARIABLES if name not in os.environ]
     if len(missing) == len(VARIABLES):
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))

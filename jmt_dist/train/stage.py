@@ -186,7 +186,7 @@ class Trainer:
         draw = torch.Generator().manual_seed(derive_seed("draw", self.stage.seed, self.progress.epoch, self.progress.done))
         prediction, target = self.stage.predict(self.engine, batch, draw)
         loss = ccc_loss(prediction, target)
-        value = float(loss.value)
+        value = float(loss.value.detach())
         self._refuse_nonfinite(value, batch)
         self.engine.backward(loss.value)
         boundary = bool(self.engine.is_gradient_accumulation_boundary())

@@ -1,0 +1,67 @@
+# Every target sets up what it needs: `make demo` and `make test` work on a fresh clone.
+#   CUDA=12 make …     wheels for older NVIDIA drivers (see constraints-cuda12.txt)
+#   PYTHON=python3.12  the interpreter the environment is made with (3.11 or 3.12)
+SHELL := /bin/bash
+PYTHON ?= python3
+CUDA ?= 13
+VENV ?= .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready-cuda$(CUDA)
+export CUDA
+export MLFLOW_DISABLE_TELEMETRY := true
+
+# the demo's experiment folder, the size of its fixture, and further words for submit_folds.py
+DEMO ?= runs/demo
+FIXTURE ?=
+WORDS ?=
+
+.PHONY: demo test test-slow test-gpu bench lint format cluster-up cluster-down clean-demo
+
+demo: $(READY)
+	@$(PY) shards/make_fixture.py out=$(DEMO)/affwild2 $(FIXTURE)
+	@$(PY) shards/pack_shards.py source=$(DEMO)/affwild2 out=$(DEMO)/shards
+	@$(MAKE) --no-print-directory $(DEMO)/shards.verified
+	@$(PY) launch/submit_folds.py recipe=launch/recipes/demo.yaml site=slurm/sites/local.yaml out=$(DEMO) data.shards=$(DEMO)/shards $(WORDS)
+	@$(PY) launch/compare_runs.py out=$(DEMO) fixture=$(DEMO)/affwild2/fixture.json
+
+# a tar that was verified and has not been written since need not be read again
+$(DEMO)/shards.verified: $(DEMO)/shards/manifest.json
+	@$(PY) shards/verify_shards.py shards=$(DEMO)/shards against=$(DEMO)/affwild2
+	@touch $@
+
+test: $(READY)
+	$(PY) -m pytest -m "not kill and not slurm and not server and not browser and not gpu and not highmem" $(TESTS)
+	@echo "left out here: kill, slurm, server, browser (make test-slow), gpu (make test-gpu), highmem (make test-slow)"
+
+test-slow: $(READY)
+	$(PY) tests/prepare_slow.py
+	$(PY) tests/run_slow.py $(TESTS)
+
+test-gpu: $(READY)
+	$(PY) -m pytest -m gpu $(TESTS)
+
+bench: $(READY)
+	$(PY) benchmarks/run_all.py
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(READY)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+cluster-up: $(READY)
+	slurm/minicluster/up
+
+cluster-down:
+	slurm/minicluster/down
+
+# the environment: made once, made again when what it is made from changes
+$(READY): setup.py constraints-cuda$(CUDA).txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 13) else f"Python {v.major}.{v.minor} will not do: use PYTHON=python3.11 or python3.12")'
+	@$(PYTHON) -m venv $(VENV) || { echo "No virtual environment could be made: on Debian and Ubuntu run  apt install python3-venv"; exit 1; }
+	$(PY) -m pip install --quiet --upgrade -c constraints-cuda$(CUDA).txt pip setuptools wheel
+	$(PY) -m pip install --quiet -c constraints-cuda$(CUDA).txt -e '.[dev]'
+	@touch $@
