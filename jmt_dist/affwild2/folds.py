@@ -172,41 +172,29 @@ def _deal(features: NDArray[np.int64], order: NDArray[np.int64]) -> NDArray[np.i
 
 
 def _improve(features: NDArray[np.int64], part: NDArray[np.int64]) -> None:
-    """Move videos, and swap pairs, in place, while the summed cost falls; no part loses its last video."""
-    sums = np.stack([features[part == k].sum(axis=0) for k in range(PARTS)])
+    """Move videos and swap pairs, in place, always the best step of all, while the summed cost of the parts falls.
+
+    The cost falls by whole numbers, so this ends; no part loses its last video.
+    """
+    products = features @ features.T
+    squares = np.diag(products)
+    everyone = np.arange(len(part))
     while True:
-        gain, i, j, k = _best_step(features, part, sums)
-        if gain <= 0:
+        overlap = features @ np.stack([features[part == k].sum(axis=0) for k in range(PARTS)]).T  # [videos, PARTS]
+        own = overlap[everyone, part]
+        move = own[:, None] - overlap - squares[:, None]  # [videos, PARTS]: halved gain of moving one
+        move[np.bincount(part, minlength=PARTS)[part] == 1] = 0
+        there = overlap[:, part]  # [i, j]: overlap of i with the part of j
+        distance = squares[:, None] + squares[None, :] - 2 * products
+        swap = own[:, None] + own[None, :] - there - there.T - distance  # [videos, videos]: halved gain of a swap
+        if max(move.max(), swap.max()) <= 0:
             return
-        old = int(part[i])
-        for video, to in ((i, k), (j, old)):
-            if video >= 0:
-                sums[part[video]] -= features[video]
-                sums[to] += features[video]
-                part[video] = to
-
-
-def _best_step(features: NDArray[np.int64], part: NDArray[np.int64], sums: NDArray[np.int64]) -> tuple[int, int, int, int]:
-    """(gain, i, j, k): video i goes to part k, and j, if not -1, from there to the part of i."""
-    best = (0, -1, -1, -1)
-    sizes = np.bincount(part, minlength=PARTS)
-    rows = np.vstack([features, np.zeros_like(features[:1])])  # the last row stands for "none": a plain move
-    for i in range(len(features)):
-        change = rows - features[i]  # what the part of i gains, and the part of j loses
-        owner = np.append(part, -1)
-        away = sums[part[i]]
-        for k in range(PARTS):
-            if k == part[i]:
-                continue
-            fits = owner == k
-            fits[-1] = sizes[part[i]] > 1
-            candidates = change[fits]
-            gain = -2 * (candidates @ (away - sums[k]) + (candidates**2).sum(axis=1))
-            at = int(np.argmax(gain))
-            if gain[at] > best[0]:
-                j = int(np.flatnonzero(fits)[at])
-                best = (int(gain[at]), i, j if j < len(features) else -1, k)
-    return best
+        if move.max() >= swap.max():
+            i, k = divmod(int(move.argmax()), PARTS)
+            part[i] = k
+        else:
+            i, j = divmod(int(swap.argmax()), len(part))
+            part[i], part[j] = part[j], part[i]
 
 
 def _names(units: Iterable[UnitSummary]) -> tuple[str, ...]:
