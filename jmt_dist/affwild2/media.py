@@ -53,7 +53,7 @@ def frame_timestamps(path: Path) -> NDArray[np.float64]:
         if None in times:
             times = [packet.dts for packet in packets]
         if None in times:
-            rate = float(stream.average_rate or stream.guessed_rate or FALLBACK_FPS)
+            rate = float(stream.guessed_rate or stream.average_rate or FALLBACK_FPS)
             return np.arange(len(packets), dtype=np.float64) / rate
         return np.sort(np.array(times, np.float64)) * float(stream.time_base) - _zero(container)
 
