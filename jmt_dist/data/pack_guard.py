@@ -1,0 +1,111 @@
+"""What packing refuses before it writes: a foreign folder, other options, too little space, a second packing at once."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jmt_dist.affwild2.layout import Unit
+from jmt_dist.config import PackOptions
+from jmt_dist.data.estimate import Estimate
+from jmt_dist.data.sample import LONGEST_NAME, escape
+from jmt_dist.data.shards import MANIFEST, Manifest, PackedUnit, read_manifest
+from jmt_dist.errors import UserError
+
+WORK, PLAN = ".work", "plan.json"
+RESERVE = 1.05  # of the estimate must be free
+
+
+def decisive(options: PackOptions) -> dict[str, Any]:
+    """The options that decide what bytes the shards have."""
+    return {"audio": options.audio, "samples_per_shard": options.samples_per_shard, "seed": options.seed}
+
+
+def refuse_foreign(out: Path) -> None:
+    """Raises UserError where `out` is a file or holds something that packing did not make."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is not a folder", "Choose another out=.")
+    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file() and not (out / WORK).is_dir():
+        raise UserError(f"{out} holds files that are not shards", "Choose a new or empty folder as out=.")
+
+
+def refuse_long_names(units: Sequence[Unit]) -> None:
+    """Raises UserError where a unit's name does not fit into a tar."""
+    for unit in units:
+        if len(escape(unit.name)) > LONGEST_NAME:
+            raise UserError(f"unit name {unit.name} is too long for a tar", f"Rename it to at most {LONGEST_NAME} letters and digits.")
+
+
+def finished_manifest(out: Path, options: PackOptions, source: str, packed_from: str | None) -> Manifest | None:
+    """The manifest in `out`, None where packing has not finished. Raises UserError: packed with other options or from elsewhere."""
+    if not (out / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(out)
+    wanted = decisive(options)
+    for name, value in wanted.items():
+        if manifest.options.get(name) != value:
+            there = manifest.options.get(name)
+            raise UserError(f"{out} was packed with {name}={there}, not {name}={value}", f"Give {name}={there}, or choose another out=.")
+    if packed_from is not None and packed_from != source:
+        raise UserError(f"{out} was packed from {packed_from}, not from {source}", f"Give source={packed_from}, or choose another out=.")
+    return manifest
+
+
+def is_whole(manifest: Manifest) -> bool:
+    """Whether every shard has its size and its index."""
+    try:
+        sizes = [(manifest.folder / shard.name).stat().st_size for shard in manifest.shards]
+    except OSError:
+        return False
+    return sizes == [s.bytes for s in manifest.shards] and all((manifest.folder / s.index).is_file() for s in manifest.shards)
+
+
+def require_space(out: Path, expected: Estimate) -> None:
+    """Raises UserError where the disk has less than the estimate; what an earlier run left in `out` counts as there."""
+    there = sum(path.stat().st_size for path in [*out.glob("*.tar"), *out.glob(f"{WORK}/videos/*/pcm.npy")])
+    free = shutil.disk_usage(out).free + there
+    need = int(RESERVE * (expected.bytes + expected.work))
+    if free < need:
+        raise UserError(
+            f"{out} has {free / 1e9:.1f} GB free, packing needs about {need / 1e9:.1f} GB",
+            "Free some space, choose another out=, or give audio=flac.",
+        )
+
+
+def keep_plan(out: Path, options: PackOptions, packed: Sequence[PackedUnit], manifest: Manifest | None, started: bool) -> None:
+    """Write down what the shards are made of. Raises UserError where there are `started` ones made of something else."""
+    units = [[u.name, u.split, u.rows, u.valid] for u in packed]
+    plan = {"options": decisive(options), "units": hashlib.sha256(json.dumps(units).encode()).hexdigest()}
+    path = out / WORK / PLAN
+    if started and path.is_file() and json.loads(path.read_text(encoding="utf-8")) != plan:
+        raise UserError(f"{out} is half packed from other units or with other options", f"Remove {out}, or choose another out=.")
+    if manifest is not None and manifest.units != tuple(packed):
+        raise UserError(f"{out} was packed from other units than {options.source} holds now", f"Remove {out}, or choose another out=.")
+    partial = path.with_name(f"{PLAN}.partial")
+    partial.write_text(json.dumps(plan), encoding="utf-8")
+    partial.replace(path)
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold `out` against a second packing. Raises UserError where one is at work."""
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            os.close(handle)
+            raise UserError(f"{out} is being packed by another process", "Wait for it, or choose another out=.") from None
+        # a file system without locks: nothing to hold, and no reason to stop
+    try:
+        yield
+    finally:
+        os.close(handle)

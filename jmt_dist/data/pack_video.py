@@ -1,0 +1,233 @@
+"""Packing, pass 1: what is needed of one video, decoded once and laid down for the shards to slice (DESIGN section 6).
+
+    <work>/videos/<video>/pcm.npy           int16 [samples] mono at 44.1 kHz, mapped by pass 2
+                          times.npy         float64 [frames] timestamps in seconds
+                          <unit>.va.npy     float32 [N, 2]
+                          <unit>.crops.npy  uint8 [N]: 0 = no crop, k = in the unit's k-th crop folder
+                          video.json        the result; with it the folder appears, by one rename
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jmt_dist.affwild2.folds import summarise
+from jmt_dist.affwild2.labels import read_table
+from jmt_dist.affwild2.layout import Unit
+from jmt_dist.affwild2.media import MediaError, fallback_timestamps, frame_timestamps, median_interval, read_audio
+from jmt_dist.data.geometry import RATE
+from jmt_dist.data.sample import escape
+from jmt_dist.errors import UserError
+
+FEWER, MORE = -3, 2  # rows minus frames that are normal (DESIGN section 5)
+RESULT = "video.json"
+Noter = Callable[[str, str], None]  # takes (what, detail)
+_CROP = re.compile(r"(\d{5,})\.jpg")
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something met on the way that a rule settled: `what` is counted in the report, `detail` belongs to the unit."""
+
+    unit: str
+    what: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """One unit after pass 1; `error` says why it is left out."""
+
+    name: str
+    rows: int = 0
+    valid: int = 0
+    histogram: tuple[int, ...] = ()
+    crops: int = 0
+    notes: tuple[Note, ...] = ()
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class VideoResult:
+    """One video after pass 1: `seconds` of sound kept, `error` says why its container gave nothing."""
+
+    video: str
+    frames: int
+    seconds: float
+    units: tuple[UnitResult, ...]
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class VideoTask:
+    """What a process of pass 1 is given."""
+
+    work: Path
+    video: str
+    units: tuple[Unit, ...]
+
+
+@dataclass
+class _Media:
+    times: NDArray[np.float64] | None = None
+    pcm: NDArray[np.int16] = field(default_factory=lambda: np.zeros(0, np.int16))
+    what: str = ""
+    detail: str = ""
+
+
+def video_folder(work: Path, video: str) -> Path:
+    """Where pass 1 lays down a video."""
+    return work / "videos" / escape(video)
+
+
+def prepare_video(task: VideoTask) -> VideoResult:
+    """Do pass 1 for a video, or read what an earlier run did. Errors of units stand in the result; none is raised for them."""
+    folder = video_folder(task.work, task.video)
+    done = _read_result(folder)
+    if done is not None and {u.name for u in done.units} == {u.name for u in task.units} and not any(u.error for u in done.units):
+        return done
+    partial = folder.with_name(f"{folder.name}.partial")
+    for old in (folder, partial):
+        shutil.rmtree(old, ignore_errors=True)
+    partial.mkdir(parents=True)
+    media = _read_media(task.units[0].media)
+    units = tuple(_prepare_unit(unit, media, partial) for unit in task.units)
+    times = media.times if media.times is not None else fallback_timestamps(max(1, *(u.rows for u in units), 1))
+    np.save(partial / "times.npy", times)
+    np.save(partial / "pcm.npy", media.pcm)
+    frames = 0 if media.times is None else len(media.times)
+    result = VideoResult(task.video, frames, len(media.pcm) / RATE, units, media.detail if media.times is None else "")
+    (partial / RESULT).write_text(json.dumps(asdict(result)), encoding="utf-8")
+    os.replace(partial, folder)
+    return result
+
+
+def _read_result(folder: Path) -> VideoResult | None:
+    try:
+        data = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        units = []
+        for unit in data["units"]:
+            notes = tuple(Note(**note) for note in unit["notes"])
+            units.append(UnitResult(**{**unit, "histogram": tuple(unit["histogram"]), "notes": notes}))
+        return VideoResult(**{**data, "units": tuple(units)})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _read_media(path: Path | None) -> _Media:
+    """Timestamps and sound; where there are none, what to note about it."""
+    if path is None:
+        return _Media(what="no video file", detail="silence, 30 frames per second")
+    found = _Media()
+    try:
+        found.times = frame_timestamps(path)
+        steps = np.diff(found.times)
+        if len(steps) and steps.max() > 1.5 * median_interval(found.times):
+            found.what, found.detail = "variable frame rate", f"longest interval {1000 * steps.max():.0f} ms"
+        pcm = read_audio(path)
+    except MediaError as error:
+        found.what = "unreadable sound" if found.times is not None else "unreadable video file"
+        found.detail = error.sentence
+        return found
+    if pcm is None:
+        found.what, found.detail = "no sound", "silence"
+    else:
+        found.pcm = pcm
+    return found
+
+
+def _prepare_unit(unit: Unit, media: _Media, folder: Path) -> UnitResult:
+    notes: list[Note] = []
+
+    def note(what: str, detail: str) -> None:
+        notes.append(Note(unit.name, what, detail))
+
+    if media.what:
+        note(media.what, media.detail)
+    try:
+        va, rows = _labels(unit, media, note)
+    except UserError as error:
+        return UnitResult(unit.name, notes=tuple(notes), error=error.sentence)
+    error_text = _reason_to_omit(unit, rows, media, note)
+    try:
+        crops = crop_inventory(unit.crops, rows, note)
+    except OSError as error:
+        crops, reason = np.zeros(rows, np.uint8), f"{error.filename} cannot be read: {error.strerror}"
+        error_text = _unless_test(unit, reason, note)
+    name = escape(unit.name)
+    np.save(folder / f"{name}.va.npy", va)
+    np.save(folder / f"{name}.crops.npy", crops)
+    summary = summarise(unit.name, unit.video, unit.split, va)
+    return UnitResult(unit.name, rows, summary.valid, summary.histogram, int((crops > 0).sum()), tuple(notes), error_text)
+
+
+def _labels(unit: Unit, media: _Media, note: Noter) -> tuple[NDArray[np.float32], int]:
+    """(labels [N, 2], N). A test unit has no labels; without a sample file the frames of its video count."""
+    if unit.labels is None:
+        rows = unit.rows
+        if not rows and media.times is not None:
+            rows = len(media.times)
+            note("length not in a sample file", f"{rows} frames of the video are taken as rows")
+        return np.full((rows, 2), np.nan, np.float32), rows
+    table = read_table(unit.labels)
+    for count, what in ((table.invalid, "rows marked -5"), (table.nan, "rows that say NaN"), (table.out_of_range, "rows outside [-1, 1]")):
+        if count:
+            note(what, f"{count} of {len(table.va)}")
+    return table.va, len(table.va)
+
+
+def _reason_to_omit(unit: Unit, rows: int, media: _Media, note: Noter) -> str:
+    """Why a unit is left out, or "". A test unit never is: what would omit another is noted."""
+    reason = ""
+    difference = 0 if media.times is None else rows - len(media.times)
+    if not rows:
+        reason = "it has no rows"
+    elif not unit.crops:
+        reason = "it has no folder of face crops"
+    elif not FEWER <= difference <= MORE:
+        reason = f"{rows} rows, but the video has {len(media.times if media.times is not None else ())} frames"
+    elif difference:
+        note("rows differ from frames", f"{difference:+d}")
+    return _unless_test(unit, reason, note)
+
+
+def _unless_test(unit: Unit, reason: str, note: Noter) -> str:
+    if reason and unit.split == "test":
+        note("test unit kept in spite of an error", reason)
+        return ""
+    return reason
+
+
+def crop_inventory(folders: Sequence[Path], rows: int, note: Noter) -> NDArray[np.uint8]:
+    """uint8 [rows]: in which of `folders` (from 1; the first wins) frame 1 .. rows has `%05d.jpg`; 0 = none."""
+    found = np.zeros(rows, np.uint8)
+    outside = odd = 0
+    for place, folder in reversed(list(enumerate(folders, start=1))):
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                match = _CROP.fullmatch(entry.name)
+                number = int(match[1]) if match else 0
+                if match is None or entry.name != f"{number:05d}.jpg":
+                    odd += 1
+                elif 1 <= number <= rows:
+                    found[number - 1] = place
+                else:
+                    outside += 1
+    missing = int((found == 0).sum())
+    for count, what in ((missing, "frames without a crop"), (outside, "crops outside the rows"), (odd, "other files in the crop folder")):
+        if count:
+            note(what, str(count) if what != "frames without a crop" else f"{count} of {rows}")
+    if len(folders) > 1:
+        note("several crop folders", ", ".join(folder.parent.name for folder in folders))
+    return found
