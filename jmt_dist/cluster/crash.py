@@ -1,0 +1,42 @@
+"""The last lines of a SLURM fold job whose ranks failed: close the start, and queue the job again while tries are left.
+
+Called by the batch script as `python -m jmt_dist.cluster.crash <out> <submission> <tries> <exit code> <fold 0> <fold 1> …`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from jmt_dist.cluster import attempts
+from jmt_dist.cluster.status import update_status
+
+
+def main(words: list[str]) -> int:
+    """Settle this job's start; 0 where nothing is left to do or the job was queued again."""
+    out, submission, tries, code, folds = Path(words[0]), words[1], int(words[2]), int(words[3]), words[4:]
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
+    fold = folds[int(task or "0")]
+    job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}" if task is not None else os.environ["SLURM_JOB_ID"]
+    start = attempts.Start(submission, job, int(os.environ.get("SLURM_RESTART_COUNT", "0")))
+    if any(start.matches(entry) and entry["outcome"] == "stopped" for entry in attempts.read_attempts(out, fold)):
+        return 0  # rank 0 has dealt with it: queued again, or failed with its reason
+    verdict = attempts.settle(out, fold, start, tries, _reason(code))
+    print(f"{fold}: {verdict.reason or verdict.next}", flush=True)
+    if verdict.next != "again":
+        return 0
+    update_status(out, fold, state="waiting", reason=verdict.reason)
+    answer = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
+    if answer.returncode:
+        update_status(out, fold, state="failed", reason=f"{verdict.reason}; could not be queued again: {answer.stderr.strip()}")
+    return answer.returncode
+
+
+def _reason(code: int) -> str:
+    return f"the ranks were killed by signal {code - 128}" if code > 128 else f"the ranks exited with {code} and left no reason"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,70 @@
+"""Everything about a submission that can be known to fail before it is submitted, each as one line with a remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jmt_dist.cluster import site as sites
+from jmt_dist.config import Recipe, Site
+from jmt_dist.errors import UserError
+
+NAMED_WEIGHTS = ("kinetics400", "imagenet", "none")
+
+
+def absolute(recipe: Recipe) -> Recipe:
+    """The recipe with its paths made absolute: jobs start in another folder than the one it was written for."""
+    data = recipe.data.model_copy(update={"shards": str(Path(recipe.data.shards).expanduser().resolve())})
+    changes: dict[str, object] = {"data": data}
+    for name in ("visual", "audio"):
+        stage = getattr(recipe, name)
+        if stage.weights not in NAMED_WEIGHTS:
+            changes[name] = stage.model_copy(update={"weights": str(Path(stage.weights).expanduser().resolve())})
+    return recipe.model_copy(update=changes)
+
+
+def check(recipe: Recipe, site: Site, folds: list[str]) -> tuple[tuple[str, ...], str]:
+    """The folds to run and the manifest's hash. Raises UserError for the first thing that would make a job fail.
+
+    Checked: the site's fields, batches against ranks, weight files, the shards' existence and geometry, that the folds
+    exist, and that every split of each has at least one sample per rank.
+    """
+    sites.check(site)
+    _check_batches(recipe, sites.ranks(site))
+    for name in ("visual", "audio"):
+        weights = getattr(recipe, name).weights
+        if name in recipe.stages and weights not in NAMED_WEIGHTS and not Path(weights).is_file():
+            raise UserError(f"{name}.weights: there is no file {weights}", f"Use one of {', '.join(NAMED_WEIGHTS)}, or a file.")
+    return _check_shards(recipe, folds, sites.ranks(site))
+
+
+def _check_batches(recipe: Recipe, ranks: int) -> None:
+    from jmt_dist.train.division import micro_batch
+
+    for name in ("visual", "audio"):
+        if name in recipe.stages:
+            stage = getattr(recipe, name)
+            micro_batch(name, stage.batch, ranks, stage.accumulation)
+    if "fusion" in recipe.stages:
+        fusion = recipe.fusion
+        if fusion.ranks > ranks:
+            raise UserError(f"fusion.ranks={fusion.ranks} is more than the job's {ranks}", f"Set fusion.ranks={ranks} or 0.")
+        # with fusion.ranks=0 as many ranks train as the batch allows; one of them it must allow
+        micro_batch("fusion", fusion.batch, fusion.ranks or 1, fusion.accumulation)
+
+
+def _check_shards(recipe: Recipe, wanted: list[str], ranks: int) -> tuple[tuple[str, ...], str]:
+    from jmt_dist.data.shards import Part, fold_shards, open_folds, open_shards
+
+    folder = Path(recipe.data.shards)
+    manifest = open_shards(folder)
+    folds = tuple(dict.fromkeys(wanted)) or tuple(open_folds(folder, recipe.folds).names)
+    parts: tuple[Part, ...] = ("train", "validation", *(("test",) if recipe.evaluate.test else ()))
+    for fold in folds:
+        for part in parts:
+            samples = fold_shards(folder, recipe.folds, fold, part).samples
+            if part != "test" and samples < ranks:
+                raise UserError(
+                    f"the {part} part of fold `{fold}` has {samples} samples, fewer than the job's {ranks} ranks",
+                    f"Use at most {samples} ranks (site.nodes, site.ranks_per_node).",
+                )
+    return folds, manifest.hash

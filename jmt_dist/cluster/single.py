@@ -1,0 +1,76 @@
+"""One fold in this very process: what `run_fold.py` does, with or without torchrun or srun around it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+
+from jmt_dist.cluster import attempts, plan, preflight, status
+from jmt_dist.cluster.options import RunFoldOptions
+from jmt_dist.config import Recipe, Site
+from jmt_dist.program import FAILED, OK
+from jmt_dist.recipe import dump
+
+
+def run_single(options: RunFoldOptions, recipe: Recipe, place: Site, function: str = plan.RUN_FOLD) -> int:
+    """Run one fold; 1 where it was asked to stop before its end. Errors go on after they are recorded in the run folder.
+
+    The number of ranks is what the environment says (WORLD_SIZE), not what the site says.
+    """
+    os.umask(0o077)
+    first, world = os.environ.get("RANK", "0") == "0", int(os.environ.get("WORLD_SIZE", "1"))
+    place = place.model_copy(update={"nodes": 1, "ranks_per_node": world, "gpus_per_node": 0, "executor": "local"})
+    recipe = preflight.absolute(recipe)
+    _, manifest = preflight.check(recipe, place, [options.fold])
+    out = Path(options.out or Path("runs") / recipe.name).expanduser().resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    plan.check_owner(out, writable=False)
+    os.environ.setdefault("OMP_NUM_THREADS", str(place.cpus_per_rank))
+    if first:
+        print(f"fold {options.fold} of {recipe.name}, stages {', '.join(recipe.stages)}, {world} rank(s), in {out}", flush=True)
+        if not (out / "recipe.yaml").exists():
+            dump(recipe, out / "recipe.yaml")
+            dump(place, out / "site.yaml")
+    code = _run(recipe, place, options.fold, out, plan.work_hash(recipe, manifest), function, first)
+    if first:
+        print(out / options.fold)
+    return code
+
+
+def _run(recipe: Recipe, place: Site, fold: str, out: Path, work: str, function: str, first: bool) -> int:
+    from jmt_dist.train import stop
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and stop.requested():
+            raise KeyboardInterrupt  # the second Ctrl-C does not wait for a save
+        stop.request(signal.Signals(number).name)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, ask)
+    job = f"process {os.getpid()}"
+    if first:
+        start = attempts.Start(f"run_fold.py {datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}", job)
+        attempts.open_attempt(out, fold, start)
+        status.update_status(out, fold, state="running", start=status.now(), job=job, reason="", **{"try": 1})
+    try:
+        plan.resolve(function)(recipe, place, fold, out)
+    except stop.Stopped:
+        if first:
+            attempts.close_attempt(out, fold, "stopped", stop.requested())
+            status.update_status(out, fold, state="stopped", reason=stop.requested())
+            print(f"stopped by {stop.requested() or 'another rank'} after saving; the same command goes on from there", file=sys.stderr)
+        return FAILED
+    except Exception as error:
+        if first:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+            attempts.close_attempt(out, fold, "crashed", reason)
+            status.update_status(out, fold, state="failed", reason=reason)
+        raise
+    if first:
+        attempts.close_attempt(out, fold, "done")
+        status.update_status(out, fold, state="done", work=work, reason="")
+    return OK

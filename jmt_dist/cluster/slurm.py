@@ -1,0 +1,111 @@
+"""The SLURM side of a submission: one job array, then a dependent job that compares (DESIGN section 11)."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+from typing import Any
+
+from jmt_dist.cluster import site, status
+from jmt_dist.cluster.plan import Plan
+from jmt_dist.errors import UserError
+
+
+def array_parameters(plan: Plan) -> dict[str, Any]:
+    """submitit's parameters of the fold array.
+
+    The lines after the ranks close a crashed start and put the job back into the queue: they also run when a rank was killed
+    (out of memory, say) and no Python of ours is left to do it.
+    """
+    crash = shlex.join([site.python(), "-m", "jmt_dist.cluster.crash", str(plan.out), plan.submission, str(plan.site.tries)])
+    teardown = ["code=$?", f'if [ "$code" -ne 0 ]; then {crash} "$code" {shlex.join(plan.todo)}; fi', 'exit "$code"']
+    return site.slurm_parameters(plan.site, name=plan.recipe.name, snapshot=plan.snapshot, out=plan.out, teardown=teardown)
+
+
+def scripts(plan: Plan) -> list[tuple[str, str]]:
+    """(title, text) of the sbatch scripts a submission would send, made by submitit itself."""
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    command = f"{shlex.quote(site.python())} -u -m submitit.core._submit {shlex.quote(str(plan.jobs))}"
+    parameters = array_parameters(plan)
+    if len(plan.todo) > 1:  # submitit submits a single job without --array
+        parameters["map_count"] = len(plan.todo)
+    array = _make_sbatch_string(command=command, folder=plan.jobs, **parameters)
+    after = _compare_parameters(plan, "<array>")
+    return [
+        (f"folds {', '.join(plan.todo)}", array),
+        ("comparison", _make_sbatch_string(command=command, folder=plan.jobs / "compare", **after)),
+    ]
+
+
+def submit_array(plan: Plan) -> str:
+    """Submit the array and its comparison; returns the array's job id. Raises UserError with SLURM's own words."""
+    from submitit import SlurmExecutor
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+    from submitit.helpers import clean_env
+
+    from jmt_dist.cluster.job import CompareJob, FoldJob
+
+    if shutil.which("sbatch") is None or shutil.which("srun") is None:
+        raise UserError("sbatch and srun are not on this machine", "Submit from a login node, or use site=slurm/sites/local.yaml.")
+    plan.jobs.mkdir(parents=True)
+    try:
+        with clean_env():  # a submission from within a job must not inherit that job's shape
+            # submitit counts timeouts itself; ours (site.tries, over stops of every kind) is the smaller number
+            executor = SlurmExecutor(plan.jobs, max_num_timeout=plan.site.tries)
+            executor.update_parameters(**array_parameters(plan))
+            jobs = executor.submit_array([FoldJob(plan, fold) for fold in plan.todo])
+            array = jobs[0].job_id.split("_")[0]
+            for fold in plan.todo:
+                status.update_status(plan.out, fold, state="waiting", reason="")
+            _write_jobs(plan, array, [job.job_id for job in jobs])
+            after = SlurmExecutor(plan.jobs / "compare")
+            after.update_parameters(**_compare_parameters(plan, array))
+            compare = after.submit(CompareJob(plan)).job_id
+    except (FailedJobError, FailedSubmissionError) as error:
+        words = " ".join(str(error).split())
+        raise UserError(f"SLURM refused the job: {words}", "See the site file, and what check_site.py says of it.") from None
+    _write_jobs(plan, array, [job.job_id for job in jobs], compare)
+    return array
+
+
+def _compare_parameters(plan: Plan, array: str) -> dict[str, Any]:
+    return site.compare_parameters(plan.site, name=plan.recipe.name, snapshot=plan.snapshot, out=plan.out, dependency=f"afterany:{array}")
+
+
+def _write_jobs(plan: Plan, array: str, jobs: list[str], compare: str = "") -> None:
+    entries = [
+        {"fold": fold, "job": job, "log": str(plan.jobs / f"{job}_0_log.out"), "folder": str(plan.jobs)}
+        for fold, job in zip(plan.todo, jobs, strict=True)
+    ]
+    head = {"executor": "slurm", "submission": plan.submission, "folds": list(plan.folds), "array": array, "compare": compare}
+    status.write_json(plan.out / "jobs.json", {**head, "jobs": entries})
+
+
+def queue(jobs: dict[str, Any]) -> dict[str, str]:
+    """State in SLURM's queue by job id (`123_0`, or `123` for one fold) of what jobs.json names; gone jobs are absent.
+
+    Raises UserError where squeue itself does not answer.
+    """
+    ids = [str(jobs[name]) for name in ("array", "compare") if jobs.get(name)]
+    if not ids:
+        return {}
+    states: dict[str, str] = {}
+    for job in ids:  # one by one: squeue refuses the whole list for one id it has forgotten
+        states.update(_squeue(job))
+    return states
+
+
+def _squeue(job: str) -> dict[str, str]:
+    words = ["squeue", "--noheader", "--array", "--jobs", job, "--format", "%i|%T"]
+    try:
+        answer = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"squeue does not answer ({error})", "Ask on a machine with SLURM's commands.") from None
+    if answer.returncode:
+        if "Invalid job id" in answer.stderr:
+            return {}
+        raise UserError(f"squeue failed: {' '.join(answer.stderr.split())}", "Is slurmctld reachable? See check_site.py.")
+    lines = (line.split("|") for line in answer.stdout.splitlines() if "|" in line)
+    return {identity.strip(): state.strip() for identity, state in lines}

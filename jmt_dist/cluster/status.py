@@ -1,0 +1,115 @@
+"""The small JSON files of a run folder that say how its folds are doing.
+
+`<out>/<fold>/status.json` is written by rank 0 of the fold (and by the scheduler once the fold's processes are gone);
+`<out>/jobs.json` by whoever submits. Every write is one atomic rename, so a reader never sees half a file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+STATES = ("waiting", "running", "done", "failed", "stopped")
+
+
+def now() -> str:
+    """The time as ISO 8601 with milliseconds, UTC."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where the file is missing or not an object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write an object so that readers see the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def read_status(out: Path, fold: str) -> dict[str, Any]:
+    """A fold's status.json; empty before its job has started."""
+    return read_json(out / fold / "status.json")
+
+
+def update_status(out: Path, fold: str, **changes: Any) -> None:
+    """Change fields of a fold's status.json; the others stay."""
+    write_json(out / fold / "status.json", {"fold": fold, **read_status(out, fold), **changes, "update": now()})
+
+
+def is_done(out: Path, fold: str, work: str) -> bool:
+    """Whether a fold is finished for this work (hash of recipe and shards)."""
+    status = read_status(out, fold)
+    return status.get("state") == "done" and status.get("work") == work
+
+
+@dataclass(frozen=True)
+class Row:
+    """One fold as `show_status.py` prints it."""
+
+    fold: str
+    state: str
+    stage: str
+    epoch: str
+    step: str
+    score: str
+    tries: str
+    job: str
+    update: str
+    log: str
+    reason: str
+
+
+def row(out: Path, fold: str, jobs: Mapping[str, Any], alive: Mapping[str, str] | None = None) -> Row:
+    """A fold's row from its status.json and its entry in jobs.json.
+
+    `alive` maps folds to their state in the scheduler (empty: the scheduler no longer knows it); a fold that says `running`
+    while its job is gone is shown as `lost`. None: not asked.
+    """
+    status = read_status(out, fold)
+    entry: Mapping[str, Any] = next((job for job in jobs.get("jobs", []) if job.get("fold") == fold), {})
+    state = str(status.get("state", "waiting"))
+    if alive is not None and entry and state in ("running", "waiting"):
+        known = alive.get(fold, "")
+        state = known.lower() if state == "waiting" and known else state if known else "lost"
+    score = status.get("score")
+    step, steps = status.get("step"), status.get("steps")
+    return Row(
+        fold=fold,
+        state=state,
+        stage=str(status.get("stage") or ""),
+        epoch=_text(status.get("epoch")),
+        step=f"{step}/{steps}" if step is not None and steps else _text(step),
+        score=f"{score:.3f}" if isinstance(score, int | float) else "",
+        tries=_text(status.get("try")),
+        job=str(entry.get("job") or status.get("job") or ""),
+        update=_ago(str(status.get("update") or "")),
+        log=str(entry.get("log") or ""),
+        reason=str(status.get("reason") or ""),
+    )
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def _ago(time: str) -> str:
+    try:
+        gone = int((datetime.now(UTC) - datetime.fromisoformat(time)).total_seconds())
+    except (ValueError, TypeError):
+        return ""
+    if gone < 120:
+        return f"{max(0, gone)} s ago"
+    return f"{gone // 60} min ago" if gone < 7200 else f"{gone // 3600} h ago"

@@ -1,0 +1,64 @@
+"""The MLflow runs of a submission, made before its jobs start: one parent, one child per fold (DESIGN section 12)."""
+
+from __future__ import annotations
+
+import getpass
+from pathlib import Path
+
+from jmt_dist.cluster.plan import Plan
+from jmt_dist.cluster.snapshot import Snapshot
+from jmt_dist.cluster.status import read_json, write_json
+from jmt_dist.config import Site
+
+
+def store(out: Path, site: Site) -> str:
+    """The tracking URI of a run folder: the site's, or one SQLite file beside the run folders."""
+    return site.tracking_uri or f"sqlite:///{out.resolve().parent / 'mlflow.db'}"
+
+
+def prepare(plan: Plan, snapshot: Snapshot) -> None:
+    """Make sure that the parent run and a child run per fold exist, and tell each fold's spool where it belongs.
+
+    A second submission of the same work goes on with the runs of the first. Other work in the same folder gets runs of its
+    own; the spools of before are kept beside as `spool-<n>`. Under SLURM without a tracking URI the jobs only spool (an
+    SQLite file on a shared file system is unsafe), and the comparison job or `sync_tracking.py` writes the store.
+    """
+    uri = store(plan.out, plan.site)
+    record = read_json(plan.out / "submission.json")
+    same = record.get("work") == plan.work and record.get("uri") == uri and (plan.out / "parent_run.json").is_file()
+    missing = [fold for fold in plan.folds if not (same and read_json(plan.out / fold / "spool" / "run.json").get("run_id"))]
+    if missing:
+        _create(plan, snapshot, uri, same, missing)
+    write_json(plan.out / "submission.json", {"work": plan.work, "uri": uri, "submission": plan.submission})
+
+
+def _create(plan: Plan, snapshot: Snapshot, uri: str, same: bool, missing: list[str]) -> None:
+    from jmt_dist.track import tracker  # brings MLflow: 1.5 s
+
+    parent = tracker.ParentRun.load(plan.out) if same else None
+    if parent is None:
+        tags = {
+            "code.commit": snapshot.commit,
+            "code.dirty": str(bool(snapshot.dirty)).lower(),
+            "code.sha256": snapshot.sha256,
+            "folder": str(plan.out),
+            "site": plan.site.name,
+            "submission": plan.submission,
+            "user": getpass.getuser(),
+        }
+        artifacts = None if plan.site.tracking_uri else plan.out.parent / "mlartifacts"
+        params = plan.recipe.model_dump(mode="json")
+        parent = tracker.create_experiment(uri, plan.recipe.name, tags, params, artifacts)
+    sends = bool(plan.site.tracking_uri) or plan.site.executor == "local"
+    for fold in missing:
+        spool = plan.out / fold / "spool"
+        if (spool / "run.json").is_file():
+            _keep_aside(spool)
+        run = tracker.create_child(parent, fold, {"submission": plan.submission})
+        tracker.save_run(spool, uri if sends else "", run)
+    parent.save(plan.out)  # last: without it the next submission starts anew
+
+
+def _keep_aside(spool: Path) -> None:
+    number = next(index for index in range(1, 10_000) if not spool.with_name(f"spool-{index}").exists())
+    spool.rename(spool.with_name(f"spool-{number}"))

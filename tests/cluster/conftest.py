@@ -1,0 +1,95 @@
+"""A shard folder as far as a submission looks at it, and a way to submit the toy job."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jmt_dist.affwild2.folds import UnitSummary, make_folds, write_folds
+from jmt_dist.config import FoldOptions
+from jmt_dist.data.sample import GEOMETRY
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+def write_shards(folder: Path, samples: int = 4) -> Path:
+    """manifest, folds and index files of 12 units; the tar is empty, since no job here opens it."""
+    folder.mkdir(parents=True)
+    units = [UnitSummary(f"u{n:02d}", f"v{n:02d}", "validation" if n % 4 == 0 else "train", 256, (10,) * 25) for n in range(12)]
+    packed = [{"name": u.name, "video": u.video, "split": u.split, "rows": 256, "valid": u.valid, "histogram": u.histogram} for u in units]
+    shard = {"name": "00000.tar", "samples": 48, "bytes": 0, "sha256": "0" * 64}
+    head = {"version": 1, "release": "test", "options": {}, "geometry": GEOMETRY, "units": packed, "shards": [shard]}
+    (folder / "manifest.json").write_text(json.dumps(head))
+    (folder / "00000.tar").write_bytes(b"")
+    folds = make_folds(units, FoldOptions())
+    base = folder / "folds" / "train+validation-0"
+    for fold in folds.names:
+        for part in ("train", "validation"):
+            (base / fold / part).mkdir(parents=True)
+            (base / fold / part / "00000.idx").write_text(f"v1.2 {samples}\n")
+    write_folds(base / "folds.json", folds)
+    return folder
+
+
+class Workplace:
+    """Recipe, site, shards and run folders of one test module; they share one MLflow file, which takes seconds to make."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.count = folder, 0
+        self.shards = write_shards(folder / "shards")
+        self.recipe, self.site = folder / "recipe.yaml", folder / "site.yaml"
+        self.recipe.write_text(f"name: toy\ndata: {{shards: {self.shards}}}\n")
+        self.site.write_text('name: here\nexecutor: local\ndevice: cpu\nparallel: 2\ntime: "00:05:00"\nsignal_seconds: 100\n')
+
+    def out(self) -> Path:
+        self.count += 1
+        return self.folder / "runs" / f"run-{self.count}"
+
+    def environment(self, **toy: Any) -> dict[str, str]:
+        """`star` stands for every fold; underscores in a fold's name for hyphens."""
+        names = {"star": "*"} | {f"fold_{n}": f"fold-{n}" for n in range(1, 6)}
+        behaviour = {names.get(key, key): value for key, value in toy.items()}
+        return {**os.environ, "TOY": json.dumps(behaviour), "PYTHONPATH": str(HERE), "MLFLOW_DISABLE_TELEMETRY": "true"}
+
+    def start(self, out: Path, *words: str, **toy: Any) -> subprocess.Popen[str]:
+        command = [sys.executable, str(HERE / "drive.py"), f"recipe={self.recipe}", f"site={self.site}", f"out={out}", *words]
+        return subprocess.Popen(
+            command, env=self.environment(**toy), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def submit(self, out: Path, *words: str, **toy: Any) -> tuple[int, str]:
+        process = self.start(out, *words, **toy)
+        text, _ = process.communicate(timeout=120)
+        return process.returncode, text
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
+    yield Workplace(tmp_path_factory.mktemp("work"))
+
+
+def starts(out: Path) -> list[dict[str, Any]]:
+    """What the toy ranks noted, starts (with `from`) and ends (with `end`)."""
+    path = out / "starts.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def attempts_of(out: Path, fold: str) -> list[tuple[str, str]]:
+    entries = json.loads((out / fold / "attempts.json").read_text())["attempts"]
+    return [(entry["outcome"], entry["reason"]) for entry in entries]
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
