@@ -28,7 +28,7 @@ Offsets = Annotated[list[Annotated[int, Field(ge=0, le=7)]], Field(min_length=1)
 class Options(BaseModel):
     """Base of all option groups: frozen, unknown keys refused, no silent conversion of values."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class FoldOptions(Options):
@@ -272,3 +272,11 @@ class VerifyOptions(Options):
     shards: str = Field(description="folder written by pack_shards.py")
     against: str = Field("", description="dataset root: also compare every strip with its source files")
     workers: Positive = Field(2, description="processes")
+
+
+class ShowOptions(Options):
+    """Looking at one sample of a shard folder."""
+
+    shards: str = Field("shards-affwild2", description="folder written by pack_shards.py")
+    key: str = Field("", description="key of the sample, <unit>-<segment>-<phase>; empty: the first sample of the folder")
+    out: str = Field("", description="PNG to write; empty: <key>.png in the current folder")

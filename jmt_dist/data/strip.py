@@ -114,17 +114,21 @@ def decode(data: bytes) -> Image.Image:
     """`data` as an RGB picture of any size. Raises StripError where no decoder takes it."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return image.convert("RGB")
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")
     except _UNREADABLE as error:
         raise StripError(f"cannot be decoded: {error}") from None
 
 
+def fit(image: Image.Image) -> Image.Image:
+    """The picture at 112x112."""
+    return image if image.size == (SIZE, SIZE) else image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+
+
 def encode(image: Image.Image) -> bytes:
-    """An RGB picture, resized to 112x112 where it differs, as JPEG of mode 2."""
-    if image.size != (SIZE, SIZE):
-        image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR, reducing_gap=3.0)
+    """An RGB picture, resized where its size differs, as JPEG of mode 2."""
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=QUALITY, subsampling=0)
+    fit(image).save(buffer, "JPEG", quality=QUALITY, subsampling=0)
     return buffer.getvalue()
 
 

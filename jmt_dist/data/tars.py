@@ -108,6 +108,8 @@ def scan_tar(path: Path) -> list[Entry]:
             for member in tar:
                 if not member.isreg():
                     raise ValueError(f"{member.name} is not a plain file")
+                if member.offset_data - member.offset != BLOCK:
+                    raise ValueError(f"{member.name} has an extended header, which USTAR does not have")
                 key, _, extension = member.name.partition(".")
                 if not entries or entries[-1][0] != key:
                     entries.append((key, []))
