@@ -93,7 +93,7 @@ class _Normalise(torch.autograd.Function):
         normal = (x.to(exact) - _wide(mean, x)) * _wide(invstd, x)
         axes = _axes(x)
         own = torch.stack((dy.sum(axes), (dy * normal).sum(axes)))  # [2, C], of this rank
-        total = own.double()
+        total = own.to(torch.float64, copy=True)  # a copy in float64 too: all_reduce writes into it
         dist.all_reduce(total)
         share = (total / count).to(exact)
         dx = (dy - _wide(share[0], x) - normal * _wide(share[1], x)) * _wide(invstd, x)

@@ -94,5 +94,5 @@ def jca(p: Parameters, audio: np.ndarray, visual: np.ndarray) -> np.ndarray:
     for name, x in (("audio", audio.T), ("visual", visual.T)):  # [512, L]
         correlation = np.tanh(x @ p[f"{name}.joint"] @ joint.T / np.sqrt(1024))  # [512, 1024]
         hidden = relu(p[f"{name}.own"] @ x.T + p[f"{name}.correlation"] @ correlation.T)  # [32, 512]
-        attended.append((p[f"{name}.back"].T @ hidden + x.T))
+        attended.append(p[f"{name}.back"].T @ hidden + x.T)
     return targets(p, "head.targets", relu(linear(p, "head.joint.0", np.concatenate(attended, -1))))

@@ -108,8 +108,8 @@ def test_encoder_layer_equals_torch_post_norm() -> None:
         theirs.self_attn.in_proj_weight.copy_(torch.cat((a.query.weight, a.key.weight, a.value.weight)))
         theirs.self_attn.in_proj_bias.copy_(torch.cat((a.query.bias, torch.zeros(32))))
         theirs.self_attn.out_proj.load_state_dict(a.out.state_dict())
-        for mine, other in ((ours.inner, theirs.linear1), (ours.outer, theirs.linear2), (ours.norm1, theirs.norm1), (ours.norm2, theirs.norm2)):
-            other.load_state_dict(mine.state_dict())
+        for mine, other in (("inner", "linear1"), ("outer", "linear2"), ("norm1", "norm1"), ("norm2", "norm2")):
+            getattr(theirs, other).load_state_dict(getattr(ours, mine).state_dict())
     x = features(2, 8, 16)
     assert torch.allclose(ours(x), theirs(x), atol=1e-12)
 
