@@ -1,0 +1,73 @@
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from jmt_dist.config import FusionOptions
+from jmt_dist.errors import UserError
+from jmt_dist.evaluate import export
+from jmt_dist.evaluate.export import export_fusion, parity
+from jmt_dist.model.zoo import make_fusion
+
+
+@pytest.fixture(scope="module")
+def jmt(tmp_path_factory):
+    torch.manual_seed(3)
+    model = make_fusion(FusionOptions())
+    path = export_fusion(model, tmp_path_factory.mktemp("export") / "new" / "jmt.onnx", {"fold": "official", "seed": "0"})
+    return model, path
+
+
+@pytest.mark.parametrize("name", ["audio", "lstm"])  # one input unused; a recurrent operator
+def test_zoo_models_give_the_same_numbers(tmp_path, name):
+    torch.manual_seed(1)
+    model = make_fusion(FusionOptions(), name)
+    path = export_fusion(model, tmp_path / f"{name}.onnx")
+    assert parity(model, path) < 1e-5
+    assert [p.name for p in tmp_path.iterdir()] == [f"{name}.onnx"]  # one file, no scratch, no weights beside it
+
+
+def test_file_says_what_it_is_and_takes_any_batch(jmt):
+    model, path = jmt
+    proto = onnx.load(path)
+    assert {p.key: p.value for p in proto.metadata_props} == {"fold": "official", "seed": "0"}
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    assert [(i.name, i.type, i.shape[1:]) for i in session.get_inputs()] == [(n, "tensor(float)", [8, 512]) for n in ("audio", "visual")]
+    rng = np.random.default_rng(0)
+    audio, visual = (rng.normal(size=(33, 8, 512)).astype(np.float32) for _ in range(2))
+    with torch.no_grad():
+        expected = model(torch.from_numpy(audio), torch.from_numpy(visual)).numpy()
+    together = session.run(["va"], {"audio": audio, "visual": visual})[0]
+    np.testing.assert_allclose(together, expected, atol=2e-4)
+    alone = session.run(["va"], {"audio": audio[:1], "visual": visual[:1]})[0]
+    np.testing.assert_allclose(alone, together[:1], atol=2e-4)
+    assert np.std(together) > 1e-3
+
+
+def test_parity_notices_another_model(jmt):
+    model, path = jmt
+    assert parity(model, path) < 1e-4
+    other = make_fusion(FusionOptions())
+    with pytest.raises(UserError, match="differs from the model by"):
+        parity(other, path)
+
+
+def test_what_is_missing_is_said(jmt, tmp_path, monkeypatch):
+    model, path = jmt
+    find = export.importlib.util.find_spec
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if name in ("onnxscript", "onnxruntime") else find(name))
+    with pytest.raises(UserError, match="needs the package onnxscript"):
+        export_fusion(model, tmp_path / "x.onnx")
+    assert parity(model, path) is None
+
+
+class Branching(torch.nn.Module):
+    def forward(self, audio, visual):
+        return audio[..., :2] if audio.sum() > 0 else visual[..., :2]
+
+
+def test_a_model_that_cannot_be_exported_gives_one_line(tmp_path):
+    with pytest.raises(UserError, match="Branching cannot be exported"):
+        export_fusion(Branching(), tmp_path / "x.onnx")
+    assert not list(tmp_path.iterdir())
