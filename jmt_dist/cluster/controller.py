@@ -16,7 +16,7 @@ from submitit.local.local import Controller, LocalJobEnvironment
 from jmt_dist.cluster.plan import check_owner
 from jmt_dist.cluster.status import write_json
 
-GRACE_SECONDS = 10.0  # for siblings of a dead rank to report their own errors before they are ended
+GRACE_SECONDS = 5.0  # for siblings of a dead rank to report their own errors before they are ended
 
 
 class RankController(Controller):

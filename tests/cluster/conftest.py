@@ -40,7 +40,7 @@ def write_shards(folder: Path, samples: int = 4) -> Path:
 
 
 class Workplace:
-    """Recipe, site, shards and run folders of one test module; they share one MLflow file, which takes seconds to make."""
+    """Recipe, site, shards and run folders of the tests; they share one MLflow file, which takes seconds to make."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.count = folder, 0
@@ -61,9 +61,7 @@ class Workplace:
 
     def start(self, out: Path, *words: str, **toy: Any) -> subprocess.Popen[str]:
         command = [sys.executable, str(HERE / "drive.py"), f"recipe={self.recipe}", f"site={self.site}", f"out={out}", *words]
-        return subprocess.Popen(
-            command, env=self.environment(**toy), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        return subprocess.Popen(command, env=self.environment(**toy), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def submit(self, out: Path, *words: str, **toy: Any) -> tuple[int, str]:
         process = self.start(out, *words, **toy)
@@ -71,7 +69,7 @@ class Workplace:
         return process.returncode, text
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
     yield Workplace(tmp_path_factory.mktemp("work"))
 
