@@ -52,7 +52,7 @@ def run(
         code = main(words)
         sys.stdout.flush()
     except UserError as error:
-        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+        print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(error).split())}", file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:
         print(f"{os.path.basename(sys.argv[0])}: interrupted; the same command goes on where it stopped", file=sys.stderr)

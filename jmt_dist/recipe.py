@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,15 +25,15 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose scalars mean what they look like: 3e-4 is a number, 12:30:00 a string, `no` a word."""
+    """YAML whose scalars mean what they look like: 3e-4 is a number; 12:30:00, 007, `no` and nothing at all are words."""
 
 
 _Loader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (
-    ("bool", r"true|false", "tf"),
-    ("null", r"null|~|", "n~\0"),
-    ("int", r"[-+]?[0-9]+", "-+0123456789"),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", "-+.0123456789"),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"null|Null|NULL|~", "nN~"),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.inf|\.nan", "-+.0123456789"),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
 # a float in the YAML 1.1 constructor may not hold an exponent without a dot; Python's float() does
@@ -41,16 +42,37 @@ _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.v
 
 
 def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
+    seen: set[str] = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
-        if key in seen:
-            raise UsageError(f"key `{key}` is written twice in {key_node.start_mark.name}, line {key_node.start_mark.line + 1}")
-        seen.add(key)
+        where = f"{key_node.start_mark.name}, line {key_node.start_mark.line + 1}"
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise UsageError(f"a key in {where} is not a word")
+        if key_node.value in seen:
+            raise UsageError(f"key `{key_node.value}` is written twice in {where}")
+        seen.add(key_node.value)
     return loader.construct_mapping(node, deep=True)
 
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML that `_Loader` reads back unchanged: what looks like a number to either grammar is quoted."""
+
+
+_Dumper.yaml_implicit_resolvers = {key: [*found] for key, found in yaml.SafeDumper.yaml_implicit_resolvers.items()}
+for _key, _found in _Loader.yaml_implicit_resolvers.items():
+    _Dumper.yaml_implicit_resolvers.setdefault(_key, []).extend(_found)
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """A string, with `${` escaped: it was resolved when it was read, and is not to be resolved again."""
+    escaped = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + "\\${", text)
+    style = None if escaped.isprintable() else '"'  # other styles lose some line separators
+    return dumper.represent_scalar("tag:yaml.org,2002:str", escaped, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 @dataclass(frozen=True)
@@ -62,14 +84,15 @@ class Layer:
 
 
 def _parse(text: str, name: str) -> Any:
-    loader = _Loader(text)
-    loader.name = name
     try:
+        loader = _Loader(text)
+        loader.name = name
         return loader.get_single_data()
     except yaml.YAMLError as error:
-        raise UsageError(f"{name} is not YAML: {' '.join(str(error).split())}") from None
-    finally:
-        loader.dispose()
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1} of " if mark is not None and "\n" in text.strip() else ""
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "it cannot be read"
+        raise UsageError(f"{line}{name} is not YAML: {problem}") from None
 
 
 def read_layers(path: Path | str) -> list[Layer]:
@@ -86,7 +109,11 @@ def read_layers(path: Path | str) -> list[Layer]:
         seen.add(current.resolve())
         if not current.is_file():
             raise UsageError(f"there is no file {current}", _nearest_file(current))
-        values = _parse(current.read_text(encoding="utf-8"), str(current)) or {}
+        try:
+            text = current.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError):
+            raise UsageError(f"{current} cannot be read as text") from None
+        values = _parse(text, str(current)) or {}
         if not isinstance(values, dict):
             raise UsageError(f"{current} is not a list of `key: value` lines")
         base = values.pop("base", None)
@@ -103,11 +130,12 @@ def _nearest_file(path: Path) -> str:
 
 
 def parse_word(word: str) -> tuple[str, Any]:
-    """`a.b=value` to ("a.b", value); values are YAML, so lists and numbers are written as there."""
+    """`a.b=value` to ("a.b", value); values are YAML, so lists and numbers are written as there; no value is an empty text."""
     key, equals, text = word.partition("=")
-    if not equals or not re.fullmatch(r"[A-Za-z_][\w.\-]*", key):
-        raise UsageError(f"`{word}` is not of the form key=value")
-    return key, _parse(text, f"the word `{word}`")
+    if not equals or not re.fullmatch(r"[A-Za-z_][\w\-]*(\.[\w\-]+)*", key):
+        remedy = f"Write `{word.lstrip('-')}`." if re.match(r"-+[A-Za-z_][\w.\-]*=", word) else "`--help` lists the keys."
+        raise UsageError(f"`{word}` is not of the form key=value", remedy)
+    return key, _parse(text, f"the word `{word}`") if text.strip() else ""
 
 
 def word_layer(word: str) -> Layer:
@@ -132,14 +160,12 @@ def field_names(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 def nearest(key: str, names: Sequence[str]) -> str:
     """`Did you mean …?` for an unknown key, or the keys there are."""
-    found = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
-    if not found:
-        last = key.rsplit(".", 1)[-1]
-        found = [n for n in names if n.rsplit(".", 1)[-1] == last] or [
-            n for n in names if difflib.SequenceMatcher(None, n.rsplit(".", 1)[-1], last).ratio() > 0.8
-        ]
+    last = key.rsplit(".", 1)[-1]
+    found = [name for name in names if "." not in key and name.endswith(f".{key}")]  # only its group is missing: lr, max_steps
+    found = found or difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    found = found or [name for name in names if difflib.SequenceMatcher(None, name.rsplit(".", 1)[-1], last).ratio() > 0.8][:1]
     if found:
-        return f"Did you mean `{found[0]}`?"
+        return f"Did you mean {' or '.join(f'`{name}`' for name in found)}?"
     return "Keys are: " + ", ".join(n for n in names if "." not in n) + "."
 
 
@@ -169,23 +195,73 @@ def _explain(error: ValidationError, layers: Sequence[Layer], model: type[BaseMo
         return UsageError(f"unknown key `{key}` ({origin})", nearest(key, names))
     if first["type"] == "missing":
         return UsageError(f"`{key}` is missing", f"Write {key}=….")
-    if first["type"] == "value_error" and not path:
-        return UsageError(f"{first['msg'].removeprefix('Value error, ')} ({layers[-1].origin if layers else 'defaults'})")
-    message = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return UsageError(f"`{key}` should be {message}, not {first['input']!r} ({origin})")
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":  # from a validator of ours: it says all there is to say
+        return UsageError(f"{message} ({origin})")
+    if not message.startswith("Input should be "):
+        return UsageError(f"`{key}`: {message} ({origin})")
+    given = textwrap.shorten(repr(first["input"]), 80)
+    return UsageError(f"`{key}` should be {message.removeprefix('Input should be ')}, not {given} ({origin})")
+
+
+def _checked(layer: Layer, model: type[BaseModel], prefix: str) -> dict[str, Any]:
+    """A layer's values without its empty groups; raises UsageError where a group of keys is given as a value.
+
+    Merging would let a later layer's group replace such a value in silence.
+    """
+    values: dict[str, Any] = {}
+    for key, value in layer.values.items():
+        if not isinstance(key, str):
+            raise UsageError(f"unknown key `{prefix}{key}` ({layer.origin})")
+        if value == "???":  # OmegaConf's mark of a missing value, which would leave the layer before in force
+            raise UsageError(f"`{prefix}{key}` has no value ({layer.origin})", "`???` stands for a value to be filled in.")
+        field = model.model_fields.get(key)
+        kind = field.annotation if field else None
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            if value in (None, ""):  # `fusion:` with every line under it commented out
+                continue
+            if not isinstance(value, Mapping):
+                example = f"{prefix}{key}.{next(iter(kind.model_fields))}=…"
+                raise UsageError(f"`{prefix}{key}` is a group of keys, not {value!r} ({layer.origin})", f"Write {example}.")
+            value = _checked(Layer(layer.origin, value), kind, f"{prefix}{key}.")
+        values[key] = value
+    return values
 
 
 def build(model: type[M], layers: Sequence[Layer], prefix: str = "") -> M:
-    """Merge layers (later wins) and validate them. Raises UsageError, one line, on anything wrong."""
+    """Merge layers (later wins) and validate them. Raises UsageError, one line, on anything wrong.
+
+    `${key}` and `${oc.env:NAME}` in values are resolved by OmegaConf; `\\${` stands for itself.
+    """
+    # the defaults go first, and whole: `audio.optimizer.lr=…` alone must keep audio's adam, not take OptimizerOptions' sgd
+    merged: Any = OmegaConf.create(_defaults(model))
+    for layer in layers:
+        checked = _checked(layer, model, prefix)
+        try:
+            merged = OmegaConf.merge(merged, OmegaConf.create(checked))
+        except (OmegaConfBaseException, RecursionError) as error:
+            raise _unresolved(error, layer.origin) from None
     try:
-        merged = OmegaConf.merge({}, *(OmegaConf.create(dict(layer.values)) for layer in layers))
         values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
-        raise UsageError(f"the values of {', '.join(layer.origin for layer in layers)} do not merge: {str(error).splitlines()[0]}") from None
+        key = getattr(error, "full_key", None) or ""
+        origin = _origin(layers, re.split(r"[.\[]", key))
+        raise _unresolved(error, f"`{prefix}{key}` ({origin})") from None
     try:
         return model.model_validate(values)
     except ValidationError as error:
         raise _explain(error, layers, model, prefix) from None
+
+
+def _defaults(model: type[BaseModel]) -> dict[str, Any]:
+    """Default values of a model, of its groups too, without those that must be given."""
+    fields = {name: field.get_default(call_default_factory=True) for name, field in model.model_fields.items() if not field.is_required()}
+    return {name: value.model_dump() if isinstance(value, BaseModel) else value for name, value in fields.items()}
+
+
+def _unresolved(error: Exception, where: str) -> UsageError:
+    reason = "it contains itself" if isinstance(error, RecursionError) else str(error).splitlines()[0]
+    return UsageError(f"a value of {where} cannot be resolved: {reason}", r"A `${` that is to stand for itself is written `\${`.")
 
 
 def load_recipe(path: Path | str | None, words: Sequence[str] = ()) -> Recipe:
@@ -224,5 +300,6 @@ def split_words(words: Sequence[str], own: type[BaseModel]) -> tuple[list[str], 
 
 
 def dump(options: BaseModel, path: Path) -> None:
-    """Write options as YAML, every key, in the order of their definition."""
-    path.write_text(yaml.safe_dump(options.model_dump(mode="json"), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    """Write options as YAML, every key, in the order of their definition; `read_layers` and `build` give them back."""
+    text = yaml.dump(options.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    path.write_text(text, encoding="utf-8")
