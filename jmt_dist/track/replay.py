@@ -90,7 +90,7 @@ class _Sender:
         self.metrics: list[Any] = []
         self.params: dict[str, str] = {}
         self.tags: dict[str, str] = {}
-        self.known: dict[str, str] | None = None  # params the run already has
+        self.known: dict[str, str] | None = None  # params the run already has; None before the first call
 
     def send(self, stop: int) -> None:
         from mlflow.entities import Metric
@@ -112,21 +112,31 @@ class _Sender:
         self._flush()
         self._move(end)
 
+    def _open(self) -> dict[str, str]:
+        """The params the run has. Raises where the run is deleted: MLflow would call each entry invalid, and none would be kept."""
+        if self.known is None:
+            run = self.client.get_run(self.offset.run_id)
+            if run.info.lifecycle_stage != "active":
+                raise RuntimeError(f"run {self.offset.run_id} is deleted: restore it in MLflow")
+            self.known = dict(run.data.params)
+        return self.known
+
     def _flush(self) -> None:
         from mlflow.entities import Param, RunTag
 
+        if not (self.metrics or self.params or self.tags):
+            return
+        known = self._open()
         for start in range(0, len(self.metrics), METRICS_PER_CALL):
             self.report.metrics += self._batch("metrics", self.metrics[start : start + METRICS_PER_CALL])
         if self.params:
-            if self.known is None:
-                self.known = dict(self.client.get_run(self.offset.run_id).data.params)
-            new = {k: v for k, v in self.params.items() if k not in self.known}
-            changed = [f"param {k}: stays {self.known[k]}" for k, v in self.params.items() if self.known.get(k, v)[:6000] != v[:6000]]
+            new = {k: v for k, v in self.params.items() if k not in known}
+            changed = [f"param {k}: stays {known[k]}" for k, v in self.params.items() if known.get(k, v)[:6000] != v[:6000]]
             self.report.refused += tuple(changed)
             entries = [Param(k, v[:6000]) for k, v in new.items()]  # the store's limit, applied here to keep it silent
             for start in range(0, len(entries), ENTRIES_PER_CALL):
                 self.report.params += self._batch("params", entries[start : start + ENTRIES_PER_CALL])
-            self.known.update(new)
+            known.update(new)
         tags = [RunTag(k, v[:5000]) for k, v in self.tags.items()]
         for start in range(0, len(tags), ENTRIES_PER_CALL):
             self.report.tags += self._batch("tags", tags[start : start + ENTRIES_PER_CALL])

@@ -137,6 +137,7 @@ def test_an_error_keeps_the_offset(child, tmp_path):
 
     class Failing:
         calls = 0
+        get_run = staticmethod(client.get_run)
 
         def log_batch(self, *args, **kind):
             Failing.calls += 1
@@ -149,6 +150,18 @@ def test_an_error_keeps_the_offset(child, tmp_path):
     assert unsent(folder, run_id) == 2_000 - METRICS_PER_CALL
     assert replay(folder, client, run_id).metrics == 2_000 - METRICS_PER_CALL
     assert len(history(client, run_id, "x")) == 2_000
+
+
+def test_a_deleted_run_takes_nothing_and_loses_nothing(child, tmp_path):
+    client, run_id = child
+    folder = tmp_path / "spool"
+    Spool(folder).metrics({"x": 1.0}, 0)
+    client.delete_run(run_id)
+    with pytest.raises(RuntimeError, match="is deleted"):
+        replay(folder, client, run_id)
+    assert unsent(folder, run_id) == 1
+    client.restore_run(run_id)
+    assert replay(folder, client, run_id).metrics == 1
 
 
 def test_an_offset_of_another_run_or_a_longer_file_is_not_believed(store, tmp_path):

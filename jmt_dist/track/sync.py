@@ -1,0 +1,105 @@
+"""Sends what the folds of a run folder left in their spools: after a dead server, or always where jobs only spool."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jmt_dist.errors import UserError
+from jmt_dist.track.replay import ReplayReport, replay, unsent
+from jmt_dist.track.spool import EVENTS, read_records
+from jmt_dist.track.tracker import SQLITE, ParentRun, client_environment, connect, create_child, create_experiment, load_run, save_run
+
+ENDS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}  # status.json of a fold to MLflow's states
+
+
+@dataclass(frozen=True)
+class FoldSync:
+    """What happened to one fold's spool; `problem` says why records are left."""
+
+    fold: str
+    run_id: str
+    report: ReplayReport
+    problem: str = ""
+
+
+def sync(out: Path, uri: str = "") -> list[FoldSync]:
+    """Replay the spools of all folds in `out`; what is stored already is not stored again.
+
+    The store is `uri`, else the one in parent_run.json or run.json, else a SQLite file beside the run folder. Runs that
+    do not exist yet are created from the run folder and remembered in it. Raises UserError where the store cannot be
+    opened or there is nothing to send; a fold that fails is reported.
+    """
+    spools = sorted(path.parent for path in out.glob(f"*/spool/{EVENTS}"))
+    if not spools:
+        raise UserError(f"{out} has no spools", "Give a run folder in which a fold has started.")
+    parent = ParentRun.load(out)
+    recorded = parent.uri if parent else next((found for found, _ in map(load_run, spools) if found), "")
+    store = uri or recorded or f"{SQLITE}{out.resolve().parent / 'mlflow.db'}"
+    with client_environment():
+        try:
+            client = connect(store)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"the tracking store {store} cannot be used: {reason}", "Start it, or give uri=….") from error
+        if parent is None and any(not run_id for _, run_id in map(load_run, spools)):
+            parent = _create_parent(out, store)
+        return [_sync_fold(spool, client, store, parent) for spool in spools]
+
+
+def left(out: Path) -> int:
+    """Records in the spools of `out` that are not stored yet."""
+    return sum(unsent(path.parent, load_run(path.parent)[1]) for path in out.glob(f"*/spool/{EVENTS}"))
+
+
+def finished(out: Path) -> bool:
+    """Whether every fold that has a spool says that it is done."""
+    return all(_state(path.parent.parent) == "done" for path in out.glob(f"*/spool/{EVENTS}"))
+
+
+def _sync_fold(spool: Path, client: Any, store: str, parent: ParentRun | None) -> FoldSync:
+    fold = spool.parent.name
+    kept, run_id = load_run(spool)
+    try:
+        if not run_id:
+            assert parent is not None
+            run_id = create_child(parent, fold)
+            save_run(spool, kept, run_id)  # an empty uri stays empty: the job goes on spooling only
+        report = replay(spool, client, run_id)
+        if not report.left:
+            _end(spool, client, run_id)
+        return FoldSync(fold, run_id, report)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
+            problem = f"run {run_id} is not in {store}: give uri= of its store, or remove {spool / 'run.json'} to store it anew"
+        return FoldSync(fold, run_id, ReplayReport(left=unsent(spool, run_id)), problem)
+
+
+def _create_parent(out: Path, store: str) -> ParentRun:
+    try:
+        recipe = yaml.safe_load((out / "recipe.yaml").read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError):
+        recipe = {}
+    parent = create_experiment(store, str(recipe.get("name", out.resolve().name)), {"folder": str(out.resolve())}, recipe)
+    parent.save(out)
+    return parent
+
+
+def _end(spool: Path, client: Any, run_id: str) -> None:
+    """Close the run of a job that was killed before it could say so, by what the scheduler wrote into status.json."""
+    states = [record["z"] for _, record in read_records(spool) if record and "z" in record]
+    end = ENDS.get(_state(spool.parent), "")
+    if end and states and states[-1] == "RUNNING" and client.get_run(run_id).info.status == "RUNNING":
+        client.set_terminated(run_id, end)
+
+
+def _state(fold: Path) -> str:
+    try:
+        return str(json.loads((fold / "status.json").read_text(encoding="utf-8")).get("state", ""))
+    except (OSError, ValueError, AttributeError):
+        return ""
