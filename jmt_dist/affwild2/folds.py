@@ -174,7 +174,7 @@ def _deal(features: NDArray[np.int64], order: NDArray[np.int64]) -> NDArray[np.i
 def _improve(features: NDArray[np.int64], part: NDArray[np.int64]) -> None:
     """Move videos and swap pairs, in place, always the best step of all, while the summed cost of the parts falls.
 
-    The cost falls by whole numbers, so this ends; no part loses its last video.
+    The cost falls by whole numbers, so this ends. No part loses its last video i: there `own` is i's square, the gain negative.
     """
     products = features @ features.T
     squares = np.diag(products)
@@ -183,7 +183,6 @@ def _improve(features: NDArray[np.int64], part: NDArray[np.int64]) -> None:
         overlap = features @ np.stack([features[part == k].sum(axis=0) for k in range(PARTS)]).T  # [videos, PARTS]
         own = overlap[everyone, part]
         move = own[:, None] - overlap - squares[:, None]  # [videos, PARTS]: halved gain of moving one
-        move[np.bincount(part, minlength=PARTS)[part] == 1] = 0
         there = overlap[:, part]  # [i, j]: overlap of i with the part of j
         distance = squares[:, None] + squares[None, :] - 2 * products
         swap = own[:, None] + own[None, :] - there - there.T - distance  # [videos, videos]: halved gain of a swap

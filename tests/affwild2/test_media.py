@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.signal import resample_poly
 
-from jmt_dist.affwild2.media import RATE, MediaError, end_samples, fallback_timestamps, frame_timestamps, read_audio
+from jmt_dist.affwild2.media import RATE, MediaError, _Track, end_samples, fallback_timestamps, frame_timestamps, read_audio
 from jmt_dist.errors import UserError
 
 PICTURE = np.full((64, 64, 3), 90, np.uint8)
@@ -226,6 +226,33 @@ def test_stereo_is_mixed_evenly(tmp_path: Path) -> None:
     heard = read_audio(path)
     assert heard is not None
     assert np.abs(heard - stereo.astype(np.float64).mean(axis=1)).max() <= 1
+
+
+def collected(*frames: tuple[float | None, int], limit: float = 100.0) -> NDArray[np.int16] | None:
+    """What becomes of frames of 1000 samples at 44.1 kHz, given as (time, value)."""
+    track = _Track(RATE, limit)
+    for at, value in frames:
+        frame = av.AudioFrame.from_ndarray(np.full((1, 1000), value, np.int16), "s16", "mono")
+        frame.sample_rate = RATE
+        track.add(frame, at)
+    return track.finish()
+
+
+def test_what_lies_before_zero_is_cut() -> None:
+    """As of a file whose declared start is later than its first samples."""
+    heard = collected((-1600 / RATE, 1), (-600 / RATE, 2), (400 / RATE, 3))
+    np.testing.assert_array_equal(heard, np.repeat([2, 3], [400, 1000]))
+
+
+def test_frames_without_a_time_follow_each_other() -> None:
+    np.testing.assert_array_equal(collected((None, 1), (None, 2), (2000 / RATE, 3)), np.repeat([1, 2, 3], 1000))
+
+
+def test_an_absurd_time_is_not_believed() -> None:
+    """One wrong clock value must not ask for days of silence; the frame follows the one before."""
+    times = [(0.0, 1), (1e9, 2), (2000 / RATE, 3)]
+    np.testing.assert_array_equal(collected(*times), np.repeat([1, 2, 3], 1000))
+    np.testing.assert_array_equal(collected((1e9, 1), (1e9, 2)), np.repeat([1, 2], 1000))
 
 
 def test_no_audio_stream_and_an_empty_one(tmp_path: Path) -> None:
