@@ -59,7 +59,7 @@ class Identity:
 
 
 def _background(rng: np.random.Generator) -> Image:
-    low = rng.random((1, 5, 5)) * 0.3 + rng.random((3, 5, 5)) * 0.15 + rng.random((3, 1, 1)) * 0.25 + rng.random() * 0.3
+    low = rng.random((1, 5, 5)) * 0.25 + rng.random((3, 5, 5)) * 0.1 + rng.random((3, 1, 1)) * 0.2 + rng.random() * 0.3
     fine = gaussian_filter(rng.standard_normal((SIZE, SIZE)), rng.uniform(1, 6)) * rng.uniform(0, 0.4)
     smooth = np.stack([zoom(channel, SIZE / 5, order=1) for channel in low])
     return np.clip(smooth + fine, 0, 1).astype(np.float32)
@@ -91,16 +91,16 @@ def make_identity(seed: int, identity: int) -> Identity:
         eye_size=rng.uniform(0.14, 0.175),
         eye_rest=rng.normal(0, 0.10),
         brow_rest=rng.normal(0, 0.015),
-        brow_thick=rng.uniform(0.022, 0.045),
-        mouth_y=rng.uniform(0.50, 0.57),
-        mouth_width=rng.uniform(0.29, 0.36),
+        brow_thick=rng.uniform(0.03, 0.05),
+        mouth_y=rng.uniform(0.49, 0.55),
+        mouth_width=rng.uniform(0.33, 0.39),
         mouth_rest=rng.normal(0, 0.018),
-        lip=rng.uniform(0.028, 0.055),
+        lip=rng.uniform(0.04, 0.065),
         nose=rng.uniform(0.10, 0.16),
-        light=(float(np.cos(angle)), float(np.sin(angle)), rng.uniform(0.0, 0.35)),
-        cast=(rng.uniform(0.72, 1.12) * rng.uniform(0.93, 1.07, 3)).astype(np.float32),
+        light=(float(np.cos(angle)), float(np.sin(angle)), rng.uniform(0.0, 0.25)),
+        cast=(rng.uniform(0.80, 1.10) * rng.uniform(0.94, 1.06, 3)).astype(np.float32),
         pose=(rng.normal(0, 0.03), rng.normal(0, 0.03), rng.normal(0, 0.05), rng.normal(0, 0.45)),
-        scale=rng.uniform(0.94, 1.06),
+        scale=rng.uniform(1.08, 1.22),
     )
 
 
@@ -162,7 +162,7 @@ def _column(values: Array) -> Image:
 _WHOLE = (slice(0, SIZE), slice(0, SIZE))
 
 
-def _head(c: _Canvas, who: Identity, inner: Image) -> None:
+def _head(c: _Canvas, who: Identity, inner: Image, e: Image) -> None:
     x, y = c.x, c.y
     c.paint(_WHOLE, _inside(np.abs(x) - 0.42 - 0.5 * np.clip(y - 0.95, 0, 1)) * (y > 0.5), who.skin * np.float32(0.72))
     c.paint(_WHOLE, _inside(1.02 - y + 0.25 * x * x, 0.06), who.cloth)
@@ -173,8 +173,9 @@ def _head(c: _Canvas, who: Identity, inner: Image) -> None:
     # skin, darker towards the rim and away from the light
     rim = (inner / np.float32(who.width)) ** 2 * np.float32(0.22) + np.clip(y, 0, 2) ** 2 * np.float32(0.10)
     shade = 1 - rim + np.float32(who.light[2]) * (who.light[0] * x + who.light[1] * y)
+    flush = 1 + np.clip(e, -1.7, 1.7) * np.array([0.05, -0.01, -0.03], np.float32)[:, None, None]  # [F, 3, 1, 1]
     jaw = np.float32(who.width) * (1 - np.float32(0.22) * np.clip(y, 0, 1) ** 2)
-    c.paint(_WHOLE, _ellipse(x, y, jaw, who.height), who.skin[None, :, None, None] * shade[:, None])
+    c.paint(_WHOLE, _ellipse(x, y, jaw, who.height), who.skin[None, :, None, None] * shade[:, None] * flush)
     if who.volume:
         line = -0.62 + who.fringe + 0.10 * np.cos(inner * 4) - 0.25 * inner**2
         top = _inside(y - line, 0.08) * _ellipse(x, y + 0.05, who.width + who.volume * 0.8, who.height + who.volume * 0.8)
@@ -190,7 +191,7 @@ def _nose_and_cheeks(c: _Canvas, who: Identity, xf: Image, e: Image) -> None:
     smile, sulk = np.clip(e, 0, 2), np.clip(-e, 0, 2)
     ax = np.abs(x)
     cheek = np.exp(-(((ax - 0.42) / 0.17) ** 2) - ((y - 0.22 + 0.05 * smile) / 0.13) ** 2)
-    c.paint(w, cheek * np.clip(0.05 + 0.28 * smile, 0, 0.6), np.clip(who.skin * np.array([1.12, 0.86, 0.84], np.float32), 0, 1))
+    c.paint(w, cheek * np.clip(0.05 + 0.40 * smile, 0, 0.75), np.clip(who.skin * np.array([1.15, 0.78, 0.76], np.float32), 0, 1))
     # the fold from nose to mouth corner deepens with a smile, the pouch below the eye with its opposite
     fold = _inside(np.abs(ax - 0.17 - 0.42 * (y - 0.1)) - 0.012, 0.05) * _inside(np.abs(y - 0.27) - 0.13, 0.1)
     c.paint(w, fold * np.clip(0.15 + 0.35 * smile, 0, 0.7), who.skin * np.float32(0.62))
@@ -208,7 +209,7 @@ def _eyes(c: _Canvas, who: Identity, xf: Image, e: Image, arousal: Image, lid: I
     side = np.sign(x)
     ex, ey = np.abs(x) - np.float32(who.eye_gap), y + 0.15
     smile, sulk = np.clip(e, 0, 2), np.clip(-e, 0, 2)
-    opening = np.clip(0.085 * (1 + who.eye_rest) + 0.026 * arousal, 0.02, 0.2) * (1 - 0.92 * lid)
+    opening = np.clip(0.095 * (1 + who.eye_rest) + 0.038 * arousal, 0.02, 0.22) * (1 - 0.92 * lid)
     size = np.float32(who.eye_size)
     lower = np.clip(opening - 0.022 * smile, 0.008, 1)
     half = np.where(ey < 0, opening, lower)
@@ -223,10 +224,12 @@ def _eyes(c: _Canvas, who: Identity, xf: Image, e: Image, arousal: Image, lid: I
     if who.glasses:
         ring = np.abs(np.sqrt((ex / 0.23) ** 2 + (ey / 0.19) ** 2) - 1) * 0.2 - 0.012
         c.paint(w, np.maximum(_inside(ring), _inside(np.abs(y + 0.17) - 0.014) * (np.abs(x) < 0.13)) * 0.9, np.array([0.1, 0.09, 0.09], np.float32))
+    furrow = np.exp(-((x / 0.42) ** 2) - ((y + 0.30) / 0.12) ** 2) * np.clip(0.40 * sulk, 0, 0.6)
+    c.paint(w, furrow, who.skin * np.float32(0.5))
     # brows: the inner ends come down and together for low valence, the whole brow rises for high
     bx = (np.abs(x) - np.float32(who.eye_gap) + 0.05 * np.clip(sulk, 0, 1.2)) / 0.21
-    tilt = 0.085 * sulk * np.clip(0.4 - bx, 0, 1.4) - 0.035 * smile
-    line = -0.37 + who.brow_rest - 0.012 * arousal + tilt + 0.05 * bx**2
+    tilt = 0.10 * sulk * np.clip(0.4 - bx, 0, 1.4) - 0.03 * smile
+    line = -0.38 + who.brow_rest - 0.03 * arousal + tilt + 0.05 * bx**2
     brow = _inside(np.abs(y - line) - np.float32(who.brow_thick) * (1.15 - 0.35 * bx), 0.035) * _inside(np.abs(bx) - 1, 0.2)
     c.paint(w, brow * 0.9, who.hair * np.float32(0.55))
 
@@ -238,9 +241,9 @@ def _mouth(c: _Canvas, who: Identity, xf: Image, e: Image, talk: Image) -> None:
     width = np.float32(who.mouth_width) + 0.075 * np.clip(e, -1, 1.7)
     s = x / width
     arch = np.clip(1 - s * s, 0, 1)
-    curve = 0.155 * e + np.float32(who.mouth_rest)
+    curve = 0.20 * e + np.float32(who.mouth_rest)
     middle = np.float32(who.mouth_y) + 0.045 * sulk + curve * (0.42 - np.clip(s * s, 0, 1.6))
-    gap = 0.012 + 0.075 * np.clip(smile, 0, 1.5) + 0.035 * talk
+    gap = 0.014 + 0.12 * np.clip(smile, 0, 1.5) + 0.025 * talk
     upper, lower = middle - 0.35 * gap * arch, middle + gap * arch
     ends = _inside((np.abs(s) - 1) * width, 0.05)
     lip = np.float32(who.lip)
@@ -271,7 +274,7 @@ def render_blocks(seed: int, name: str, who: Identity, times: Array, cues: Array
         c = _Canvas(who.background, cos * px + sin * py, cos * py - sin * px)
         xf = (c.x - 0.13 * _column(motion.yaw[f])) * (1 + 0.12 * _column(motion.yaw[f] ** 2))  # turning moves the features, not the outline
         e, arousal = _column(cues[f, 0]), _column(cues[f, 1])
-        _head(c, who, xf)
+        _head(c, who, xf, e[:, None])
         _nose_and_cheeks(c, who, xf, e)
         _eyes(c, who, xf, e, arousal, _column(motion.lid[f]), _column(gaze[f]))
         _mouth(c, who, xf, e, _column(motion.talk[f]))

@@ -19,10 +19,11 @@ from scipy.special import ndtr, ndtri
 Array = NDArray[np.float64]
 
 GRID = 30.0  # points per second on which walks are drawn
-SMOOTH = 1.2  # seconds; the autocorrelation exp(-t^2 / 4 SMOOTH^2) halves after 2.0 s
-BETWEEN = 0.4  # share of a walk's variance that differs between units rather than within them
+SMOOTH = 0.9  # seconds; the autocorrelation exp(-t^2 / 4 SMOOTH^2) halves after 1.5 s
+BETWEEN = 0.10  # share of a walk's variance that differs between units rather than within them
+SPAN = 8.0  # seconds, at least, over which a unit's walk is brought to mean 0 and variance 1
 SHARED = 0.8  # correlation of the walks of two people in one video, who share one sound track
-STRONG, WEAK = 0.88, 0.40  # correlation of a modality's main and side cue with what it shows
+STRONG, WEAK = 0.88, 0.33  # correlation of a modality's main and side cue with what it shows
 STRONG_LIMIT, WEAK_LIMIT = 1.7, 2.2  # largest values that are drawn; the side cue is in standard deviations
 _SPREAD = 1.0 / 3.0  # variance of a uniform value in [-1, 1]
 
@@ -50,6 +51,17 @@ def drift(rng: np.random.Generator, times: Array, seconds: float) -> Array:
     return np.interp(times, np.arange(points) / GRID, smooth * np.sqrt(2 * np.sqrt(np.pi) * sigma))
 
 
+def _balanced(rng: np.random.Generator, times: Array) -> Array:
+    """A walk of mean 0 and variance 1 over the unit, or over SPAN where that is longer.
+
+    Left to chance, a third of the variance of 8 s would lie between units, and a network that learns
+    whose face it sees would do well without looking at the expression.
+    """
+    span = np.arange(0, max(times[-1], SPAN), 1 / GRID)
+    walk = drift(rng, span, SMOOTH)
+    return np.interp(times, span, (walk - walk.mean()) / walk.std())
+
+
 def _level(seed: int, index: int, dimension: int) -> float:
     """The unit's own level of a walk, spread evenly over the units (Kronecker sequence in six dimensions)."""
     golden = 1.0873793783  # positive root of x^7 = x + 1
@@ -75,7 +87,7 @@ def unit_cues(seed: int, name: str, index: int, times: Array, speaker: tuple[str
     """
 
     def process(owner: tuple[str, int], what: str, dimension: int) -> Array:
-        walk = drift(stream(seed, owner[0], what), times, SMOOTH)
+        walk = _balanced(stream(seed, owner[0], what), times)
         return np.sqrt(BETWEEN) * _level(seed, owner[1], dimension) + np.sqrt(1 - BETWEEN) * walk
 
     me = (name, index)
