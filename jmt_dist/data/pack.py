@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -61,6 +62,15 @@ def pack(options: PackOptions, say: Say = print) -> Packed:
     out = Path(options.out)
     refuse_foreign(out)
     out.mkdir(parents=True, exist_ok=True)
+    try:
+        return _pack_into(options, out, say)
+    except UserError:
+        with suppress(OSError):
+            out.rmdir()  # refused before anything was written: leave no empty folder behind
+        raise
+
+
+def _pack_into(options: PackOptions, out: Path, say: Say) -> Packed:
     with locked(out):
         report = read_report(out)
         manifest = finished_manifest(out, options, _source(options), report.source if report else None)

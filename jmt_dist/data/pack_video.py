@@ -92,8 +92,8 @@ def video_folder(work: Path, video: str) -> Path:
 def prepare_video(task: VideoTask) -> VideoResult:
     """Do pass 1 for a video, or read what an earlier run did. Errors of units stand in the result; none is raised for them."""
     folder = video_folder(task.work, task.video)
-    done = _read_result(folder)
-    if done is not None and {u.name for u in done.units} == {u.name for u in task.units} and not any(u.error for u in done.units):
+    done = _read_result(folder, {unit.name for unit in task.units})
+    if done is not None and not done.error and not any(unit.error for unit in done.units):  # an error may have been put right since
         return done
     partial = folder.with_name(f"{folder.name}.partial")
     for old in (folder, partial):
@@ -111,14 +111,15 @@ def prepare_video(task: VideoTask) -> VideoResult:
     return result
 
 
-def _read_result(folder: Path) -> VideoResult | None:
+def _read_result(folder: Path, names: set[str]) -> VideoResult | None:
+    """What an earlier run found of the units `names`, if it was about them."""
     try:
         data = json.loads((folder / RESULT).read_text(encoding="utf-8"))
         units = []
         for unit in data["units"]:
             notes = tuple(Note(**note) for note in unit["notes"])
             units.append(UnitResult(**{**unit, "histogram": tuple(unit["histogram"]), "notes": notes}))
-        return VideoResult(**{**data, "units": tuple(units)})
+        return VideoResult(**{**data, "units": tuple(units)}) if {unit.name for unit in units} == names else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

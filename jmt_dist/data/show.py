@@ -43,7 +43,7 @@ def load_sample(manifest: Manifest, key: str) -> tuple[str, Entry, Sample]:
 
 def describe(manifest: Manifest, tar: str, entry: Entry, sample: Sample) -> list[str]:
     """What the members say, line by line."""
-    name, m, p = parse_key(entry.key)
+    _, m, p = parse_key(entry.key)
     unit = manifest.units[int(sample.id[0])]
     frames = strip_frames(m, p)
     lines = [f"{entry.key} in {tar}", f"unit {unit.name} (index {sample.id[0]}, {unit.split}, video {unit.video}, {unit.rows:,} rows)"]

@@ -103,6 +103,7 @@ class ShardWriter:
 def scan_tar(path: Path) -> list[Entry]:
     """Entries of a tar as its own headers give them, for comparison with an index. Raises ValueError on a broken tar."""
     entries: list[tuple[str, list[tuple[str, int, int]]]] = []
+    end = 0
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
@@ -114,8 +115,14 @@ def scan_tar(path: Path) -> list[Entry]:
                 if not entries or entries[-1][0] != key:
                     entries.append((key, []))
                 entries[-1][1].append((extension, member.offset_data, member.size))
+                end = member.offset_data + -(-member.size // BLOCK) * BLOCK
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"not a tar: {error}") from None
+    with path.open("rb") as file:  # tarfile takes a tar that is cut inside a header for one that ends there
+        file.seek(end)
+        rest = file.read()
+    if len(rest) < 2 * BLOCK or any(rest) or (end + len(rest)) % RECORD:
+        raise ValueError("not a tar: it does not end with empty blocks")
     return [Entry(key, tuple(members)) for key, members in entries]
 
 
