@@ -27,6 +27,7 @@ from jmt_dist.cluster import attempts, site, status
 from jmt_dist.cluster.job import FoldJob, die_with_parent
 from jmt_dist.cluster.plan import Plan
 from jmt_dist.cluster.progress import Progress
+from jmt_dist.cluster.share import link_stages
 from jmt_dist.config import Site
 from jmt_dist.errors import UserError
 
@@ -96,7 +97,7 @@ class Scheduler:
         self.ended: dict[str, dict[str, Any]] = {}
         self.entries: dict[str, dict[str, Any]] = {}
         self.stopping = 0
-        self.gpus = _gpu_slots(plan.site)
+        self.gpus = site.gpu_slots(plan.site)
 
     def run(self) -> dict[str, str]:
         """Run every fold to its end. Raises KeyboardInterrupt, with no process left, when asked to stop."""
@@ -118,6 +119,7 @@ class Scheduler:
 
     def _start(self, fold: str, progress: Progress) -> None:
         plan, options = self.plan, self.plan.site
+        link_stages(list(plan.share), plan.out, fold)
         slot = next(index for index in range(options.parallel) if index not in {job.slot for job in self.running})
         number = 1 + attempts.count(plan.out, fold, plan.submission)
         folder = plan.jobs / f"{fold}-{number}"
@@ -190,21 +192,6 @@ class Scheduler:
         me = {"pid": os.getpid(), "created": psutil.Process().create_time()}
         head = {"executor": "local", "submission": self.plan.submission, "folds": list(self.plan.folds), "scheduler": me}
         status.write_json(self.plan.out / "jobs.json", {**head, "jobs": entries})
-
-
-def _gpu_slots(options: Site) -> list[str] | None:
-    """CUDA_VISIBLE_DEVICES of each parallel job; None leaves the variable as it is. Raises UserError with too few GPUs."""
-    if options.device == "cpu":
-        return [""] * options.parallel
-    if not options.gpus_per_node:
-        return None
-    gpus, each = site.visible_gpus(), options.gpus_per_node
-    if len(gpus) < each * options.parallel:
-        raise UserError(
-            f"{options.parallel} parallel jobs of {each} GPU(s) need {each * options.parallel}, and this machine offers {len(gpus)}",
-            f"Set site.parallel={len(gpus) // each}." if len(gpus) >= each else "Set site.gpus_per_node=0 and site.device=cpu.",
-        )
-    return [",".join(gpus[slot * each : (slot + 1) * each]) for slot in range(options.parallel)]
 
 
 def free_port() -> int:

@@ -23,7 +23,8 @@ class Plan:
     """One submission.
 
     `folds` are all it is about, `todo` those that are not done; `work` is the hash of what a fold computes (recipe and
-    manifest); `submission` names it (UTC time); `function` and `compare` are dotted names `module:function`.
+    manifest); `submission` names it (UTC time); `function` and `compare` are dotted names `module:function`; `share` are run
+    folders whose finished stages may be linked, `after` a SLURM array to wait for.
     """
 
     out: Path
@@ -36,6 +37,8 @@ class Plan:
     snapshot: Path
     function: str = RUN_FOLD
     compare: str = COMPARE
+    share: tuple[Path, ...] = ()
+    after: str = ""
 
     @property
     def jobs(self) -> Path:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from jmt_dist.cluster import site as sites
 from jmt_dist.config import Recipe, Site
 from jmt_dist.errors import UserError
 
-NAMED_WEIGHTS = ("kinetics400", "imagenet", "none")
+CACHED = {"kinetics400": "r2plus1d_18-*.pth", "imagenet": "resnet18-*.pth"}
+NAMED_WEIGHTS = (*CACHED, "none")
 
 
 def absolute(recipe: Recipe) -> Recipe:
@@ -29,12 +31,34 @@ def check(recipe: Recipe, site: Site, folds: list[str]) -> tuple[tuple[str, ...]
     exist, and that every split of each has at least one sample per rank.
     """
     sites.check(site)
+    if site.executor == "local":
+        sites.gpu_slots(site)
     _check_batches(recipe, sites.ranks(site))
+    _check_weights(recipe, site)
+    return _check_shards(recipe, folds, sites.ranks(site))
+
+
+def _check_weights(recipe: Recipe, site: Site) -> None:
+    """Whether the weight files are there; their content is the job's to check, since that takes torch."""
+    moved = any("TORCH_HOME" in line for line in site.environment)  # the job's cache is not ours
     for name in ("visual", "audio"):
         weights = getattr(recipe, name).weights
-        if name in recipe.stages and weights not in NAMED_WEIGHTS and not Path(weights).is_file():
-            raise UserError(f"{name}.weights: there is no file {weights}", f"Use one of {', '.join(NAMED_WEIGHTS)}, or a file.")
-    return _check_shards(recipe, folds, sites.ranks(site))
+        if name not in recipe.stages or weights == "none":
+            continue
+        if weights not in CACHED:
+            if not Path(weights).is_file():
+                raise UserError(f"{name}.weights: there is no file {weights}", f"Use one of {', '.join(NAMED_WEIGHTS)}, or a file.")
+        elif not moved and not list(weights_cache().glob(CACHED[weights])):
+            raise UserError(
+                f"the weights of {name}.weights={weights} are not in {weights_cache()}",
+                "Run `python launch/fetch_weights.py` on a machine with a network; jobs never download.",
+            )
+
+
+def weights_cache() -> Path:
+    """torch.hub's folder of weight files, by its own rules, without torch."""
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    return Path(os.environ.get("TORCH_HOME", f"{cache}/torch")).expanduser() / "hub" / "checkpoints"
 
 
 def _check_batches(recipe: Recipe, ranks: int) -> None:

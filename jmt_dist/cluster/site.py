@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jmt_dist.config import Site
-from jmt_dist.errors import UsageError
+from jmt_dist.errors import UsageError, UserError
 
 _TIME = re.compile(r"(?:(?:(?P<days>\d+)-)?(?P<hours>\d+):(?P<minutes>[0-5]\d):(?P<seconds>[0-5]\d)|(?P<only_minutes>\d+))")
 COMPARE_MINUTES = 30
@@ -141,6 +141,21 @@ def visible_gpus() -> list[str]:
             pynvml.nvmlShutdown()
     except Exception:  # no driver, no library: no GPU
         return []
+
+
+def gpu_slots(options: Site) -> list[str] | None:
+    """CUDA_VISIBLE_DEVICES of each parallel job; None leaves the variable as it is. Raises UserError with too few GPUs."""
+    if options.device == "cpu":
+        return [""] * options.parallel
+    if not options.gpus_per_node:
+        return None
+    gpus, each = visible_gpus(), options.gpus_per_node
+    if len(gpus) < each * options.parallel:
+        raise UserError(
+            f"{options.parallel} parallel jobs of {each} GPU(s) need {each * options.parallel}, and this machine offers {len(gpus)}",
+            f"Set site.parallel={len(gpus) // each}." if len(gpus) >= each else "Set site.gpus_per_node=0 and site.device=cpu.",
+        )
+    return [",".join(gpus[slot * each : (slot + 1) * each]) for slot in range(options.parallel)]
 
 
 def python() -> str:

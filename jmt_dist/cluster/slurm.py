@@ -20,7 +20,13 @@ def array_parameters(plan: Plan) -> dict[str, Any]:
     """
     crash = shlex.join([site.python(), "-m", "jmt_dist.cluster.crash", str(plan.out), plan.submission, str(plan.site.tries)])
     teardown = ["code=$?", f'if [ "$code" -ne 0 ]; then {crash} "$code" {shlex.join(plan.todo)}; fi', 'exit "$code"']
-    return site.slurm_parameters(plan.site, name=plan.recipe.name, snapshot=plan.snapshot, out=plan.out, teardown=teardown)
+    parameters = site.slurm_parameters(plan.site, name=plan.recipe.name, snapshot=plan.snapshot, out=plan.out, teardown=teardown)
+    if plan.share:
+        words = [str(plan.out), str(len(plan.share)), *map(str, plan.share), *plan.todo]
+        parameters["setup"] = [*parameters["setup"], shlex.join([site.python(), "-m", "jmt_dist.cluster.share", *words])]
+    if plan.after:
+        parameters["dependency"] = f"afterany:{plan.after}"
+    return parameters
 
 
 def scripts(plan: Plan) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,14 +20,22 @@ from jmt_dist.program import FAILED, OK, OMISSIONS
 from jmt_dist.recipe import dump
 
 
-def submit(options: SubmitOptions, recipe: Recipe, place: Site, function: str = plans.RUN_FOLD, compare: str = plans.COMPARE) -> int:
+def submit(
+    options: SubmitOptions,
+    recipe: Recipe,
+    place: Site,
+    function: str = plans.RUN_FOLD,
+    compare: str = plans.COMPARE,
+    share: tuple[Path, ...] = (),
+) -> int:
     """Submit a recipe's folds to a site; returns the program's exit code.
 
     Local: runs them here, 0 when all are done, 3 when some failed, 1 when all failed. SLURM: 0 once they are queued.
-    Raises UserError, with nothing written, for whatever can be known beforehand.
+    `share` are run folders with stages in common, as in a sweep. Raises UserError, with nothing written, for whatever can be
+    known beforehand.
     """
     os.umask(0o077)
-    work = make_plan(options, recipe, place, function, compare)
+    work = replace(make_plan(options, recipe, place, function, compare), share=share, after=_array_of(share))
     _announce(work)
     if options.dry:
         return _dry(work)
@@ -57,6 +66,14 @@ def make_plan(options: SubmitOptions, recipe: Recipe, place: Site, function: str
     todo = tuple(fold for fold in folds if not status.is_done(out, fold, work))
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
     return Plan(out, recipe, place, folds, todo, work, stamp, out / "snapshot" / "at-submission", function, compare)
+
+
+def _array_of(share: tuple[Path, ...]) -> str:
+    """The SLURM array that is still at work on stages this submission shares; empty where there is none."""
+    from jmt_dist.cluster.control import live_jobs
+
+    arrays = ((str(status.read_json(out / "jobs.json").get("array", "")), out) for out in share)
+    return next((array for array, out in arrays if array and live_jobs(out)), "")
 
 
 def _announce(work: Plan) -> None:
@@ -121,8 +138,6 @@ def _check_no_live_jobs(out: Path) -> None:
 
 
 def _prepare(work: Plan) -> Plan:
-    from dataclasses import replace
-
     from jmt_dist.cluster import tracking
     from jmt_dist.cluster.snapshot import take_snapshot
 

@@ -46,7 +46,7 @@ class Workplace:
         self.folder, self.count = folder, 0
         self.shards = write_shards(folder / "shards")
         self.recipe, self.site = folder / "recipe.yaml", folder / "site.yaml"
-        self.recipe.write_text(f"name: toy\ndata: {{shards: {self.shards}}}\n")
+        self.recipe.write_text(f"name: toy\ndata: {{shards: {self.shards}}}\nvisual: {{weights: none}}\naudio: {{weights: none}}\n")
         self.site.write_text('name: here\nexecutor: local\ndevice: cpu\nparallel: 2\ntime: "00:05:00"\nsignal_seconds: 100\n')
 
     def out(self) -> Path:
