@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jmt_dist.affwild2.layout import Unit
-from jmt_dist.affwild2.media import MediaError, frame_timestamps, median_interval, read_audio
-from jmt_dist.data.geometry import RATE, STRIP, SUBSEQUENCE, WINDOW, samples_of, strip_frames
-from jmt_dist.data.sample import AudioKind
+from jmt_dist.affwild2.media import FALLBACK_FPS, MediaError, frame_timestamps, median_interval, read_audio
+from jmt_dist.data.geometry import RATE, STEP, STRIP, SUBSEQUENCE, WINDOW, samples_of, strip_frames
+from jmt_dist.data.sample import AudioKind, encode_audio
 from jmt_dist.data.strip import make_strip
 
 TRIED = 3  # videos and samples measured
-FLAC = 0.58  # of the size of PCM, measured on speech and noise
 MEMBERS = 7 * 1024  # headers, raw members and padding of a sample
-FALLBACK = (5200 * STRIP, 1 / 30, 0.003)  # bytes of a strip, seconds per frame, seconds to decode a second of sound
+STRIP_BYTES = 5200 * STRIP  # where no crop can be measured
+EXCERPT = 10 * RATE  # samples of sound encoded for measurement
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def _strips(units: Sequence[Unit]) -> tuple[float, float]:
             path = next((p for p in (folder / f"{frame:05d}.jpg" for folder in unit.crops) if p.is_file()), None)
             sources.append(_bytes(path))
         size, count = size + len(make_strip(sources).data), count + 1
-    return (size / count, (time.perf_counter() - start) / count) if count else (FALLBACK[0], 0.01)
+    return (size / count, (time.perf_counter() - start) / count) if count else (STRIP_BYTES, 0.01)
 
 
 def _bytes(path: Path | None) -> bytes | None:
@@ -61,31 +61,53 @@ def _bytes(path: Path | None) -> bytes | None:
         return None
 
 
-def _sound(units: Sequence[Unit]) -> tuple[float, float]:
-    """(seconds per frame, seconds to read a second of sound), from a few videos."""
-    interval = cost = length = 0.0
-    count = 0
+@dataclass
+class _Sound:
+    """Sums over the videos measured; `bytes` and `encoding` seconds are of `samples` of sound."""
+
+    interval: float = 0.0  # seconds per frame
+    videos: int = 0
+    length: float = 0.0  # seconds
+    reading: float = 0.0  # seconds
+    samples: int = 0
+    bytes: int = 0
+    encoding: float = 0.0
+
+
+def _sound(units: Sequence[Unit], audio: AudioKind) -> _Sound:
+    """Frame rate, time and size of the sound of a few videos."""
+    found = _Sound()
     for unit in _spread([u for u in units if u.media]):
         assert unit.media is not None
         start = time.perf_counter()
         try:
             times = frame_timestamps(unit.media)
-            read_audio(unit.media)
+            pcm = read_audio(unit.media)
         except MediaError:
             continue
-        interval, count = interval + median_interval(times), count + 1
-        cost, length = cost + time.perf_counter() - start, length + len(times) * median_interval(times)
-    return (interval / count, cost / max(length, 0.1)) if count else FALLBACK[1:]
+        found.reading += time.perf_counter() - start
+        found.interval += median_interval(times)
+        found.length += len(times) * median_interval(times)
+        found.videos += 1
+        if pcm is not None:
+            start = time.perf_counter()
+            excerpt = pcm[len(pcm) // 2 :][:EXCERPT]
+            found.bytes += len(encode_audio(excerpt, audio))
+            found.samples += len(excerpt)
+            found.encoding += time.perf_counter() - start
+    return found
 
 
 def estimate(units: Sequence[Unit], audio: AudioKind, workers: int) -> Estimate:
     """Space and time to pack `units` with `workers` processes; measures a few of them (about a second)."""
     samples = sum(len(samples_of(unit.rows)) for unit in units)
     strip_bytes, strip_seconds = _strips(units)
-    interval, decode = _sound(units)
-    window = WINDOW + (SUBSEQUENCE - 1) * 4 * interval * RATE
-    audio_bytes = 2 * window * (FLAC if audio == "flac" else 1)
-    audio_seconds = 0.004 if audio == "flac" else 0.001
+    sound = _sound(units, audio)
+    interval = sound.interval / sound.videos if sound.videos else 1 / FALLBACK_FPS
+    window = WINDOW + (SUBSEQUENCE - 1) * STEP * interval * RATE  # samples of sound that the clips of a sample cover
+    audio_bytes = window * (sound.bytes / sound.samples if sound.samples else 2)
+    audio_seconds = window * (sound.encoding / sound.samples if sound.samples else 0)
     length = interval * sum({unit.video: unit.rows for unit in units}.values())
-    seconds = (samples * (strip_seconds + audio_seconds) + length * decode) / workers
+    reading = length * sound.reading / sound.length if sound.length else 0
+    seconds = (samples * (strip_seconds + audio_seconds) + reading) / workers
     return Estimate(samples, int(samples * (strip_bytes + audio_bytes + MEMBERS)), int(2 * RATE * length), seconds)

@@ -4,6 +4,9 @@ Mode 0: entropy-coded bytes copied and joined by restart markers. Mode 1: the sa
 coefficients in the standard Huffman tables. Mode 2: decoded, put right, encoded at quality 95. Frames without a
 picture are black. Decoders that interpolate chroma (libjpeg on 4:2:0) look one row across a frame's border: rows
 0 and 111 of a frame may differ from the frame decoded alone, the rows between never do.
+
+Damage inside a source's entropy-coded bytes that libjpeg itself puts up with is copied as it is: finding it would
+take a full decode of every crop, and the restart markers keep it inside its frame.
 """
 
 from __future__ import annotations
