@@ -188,7 +188,8 @@ def table1(run: RunResult) -> Table:
     mean = folds_mean(run)
     count = sum(row.fold in CROSS_VALIDATION and row.score is not None for row in run.folds)
     own = [f"{m:.3f} ± {s:.3f}" for m, s in zip(*mean, strict=True)] if mean else ["–"] * 3
-    rows.append((f"mean of {count} folds", *own, *(f"{m:.3f} ± {s:.3f}" for m, s in zip(*paper_mean(), strict=True))))
+    paper = [f"{m:.3f} ± {s:.3f}" for m, s in zip(*paper_mean(), strict=True)]
+    rows.append((f"mean of {count} fold{'' if count == 1 else 's'}", *own, *paper))
     bold = _best_cells([_values(row.score) for row in run.folds], 1) | _best_cells([PAPER_TABLE1[row.fold] for row in run.folds], 4)
     return Table(
         f"Table 1: CCC of {run.model or 'the fusion model'} on each fold ({run.name})",

@@ -68,7 +68,7 @@ def fold_bars(run: RunResult) -> Any:
                 axis.bar(place, row.score.values()[c], 0.24, color=colour)
                 _interval(axis, place, row.score, target)
             elif c == 1:
-                axis.text(x, 0.02, row.reason[:24], rotation=90, ha="center", va="bottom", fontsize=8, color=GREY)
+                axis.text(x, 0.02, row.reason[:40], rotation=90, ha="center", va="bottom", fontsize=8, color=GREY)
     axis.set_xticks(range(len(FOLDS)), FOLDS)
     axis.set_ylabel("CCC")
     low = min([0.0, *(row.score.values()[c] for row in run.folds if row.score for c in range(3))])
@@ -114,6 +114,7 @@ def learning_curves(run: RunResult) -> Any | None:
                     label = fold if index == 0 else None
                     axes[row, column].plot(steps, values, color=colour, linewidth=1, alpha=0.85, label=label, **style)
         axes[0, column].set_title(stage, fontsize=10)
+        axes[0, column].sharex(axes[1, column])
         axes[1, column].set_xlabel("optimiser step")
     axes[0, 0].set_ylabel("validation score (CCC)")
     axes[1, 0].set_ylabel("training loss")
@@ -129,8 +130,8 @@ def prediction_traces(traces: Sequence[Trace]) -> Any:
         keep = np.unique(np.linspace(0, len(trace.va) - 1, min(len(trace.va), MOST_POINTS)).astype(int))
         for c, colour in enumerate((VALENCE, AROUSAL)):
             axis = axes[row, c]
-            axis.plot(keep + 1, trace.labels[keep, c], color=GREY, linewidth=1.6, label="label")
-            axis.plot(keep + 1, trace.va[keep, c], color=colour, linewidth=1, label="prediction")
+            axis.plot(keep + 1, trace.va[keep, c], color=colour, linewidth=0.9, label="prediction")
+            axis.plot(keep + 1, trace.labels[keep, c], color="black", linewidth=1.4, label="label")
             axis.set_ylim(-1.05, 1.05)
             axis.set_title(f"{trace.unit} ({trace.fold}): {TARGETS[c]}", fontsize=9)
             axis.legend(loc="upper right", fontsize=7, frameon=False, ncols=2)

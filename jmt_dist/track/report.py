@@ -32,11 +32,11 @@ from jmt_dist.track.compare import (
 from jmt_dist.track.tracker import ParentRun, client_environment, connect
 
 STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;color:#1b1b1b;background:#fff;max-width:1040px;margin:2.5em auto;padding:0 1.5em}
+body{font:15px/1.5 system-ui,sans-serif;color:#1b1b1b;background:#fff;max-width:1160px;margin:2.5em auto;padding:0 1.5em}
 h1{font-size:1.6em;margin-bottom:.1em}h2{font-size:1.15em;margin-top:2.2em}.sub{color:#5f5f5f;margin-top:0}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.93em}
 th,td{padding:.35em .8em;text-align:left;border-bottom:1px solid #e3e3e3}th{border-bottom:2px solid #1b1b1b}
-td.reason{color:#a33a00}.note{color:#5f5f5f;font-size:.88em;max-width:62em}
+td{white-space:nowrap}td.reason{color:#a33a00;white-space:normal}.note{color:#5f5f5f;font-size:.88em;max-width:62em}
 .omissions{border-left:4px solid #d55e00;background:#fdf3ec;padding:.6em 1em}
 figure{margin:1.2em 0}img{max-width:100%}details{margin-top:2em}pre{font-size:.85em;overflow-x:auto;background:#f6f6f6;padding:1em}
 .wide{overflow-x:auto}

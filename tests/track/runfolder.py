@@ -76,6 +76,7 @@ def make_run(out, folds=FOLDS, words=("name=demo", "fusion.seeds=[0,1,2]", "fusi
 
 
 def make_fixture_json(path):
-    ceiling = {name: {"valence": v, "arousal": a, "average": (v + a) / 2} for name, v, a in (("visual", 0.9, 0.4), ("audio", 0.3, 0.88), ("both", 0.92, 0.9))}
+    known = {"visual": (0.9, 0.4), "audio": (0.3, 0.88), "both": (0.92, 0.9)}
+    ceiling = {name: {"valence": v, "arousal": a, "average": (v + a) / 2} for name, (v, a) in known.items()}
     path.write_text(json.dumps({"ceiling": {}, "ceiling_by_split": {"validation": ceiling}}))
     return path

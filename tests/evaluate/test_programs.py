@@ -1,0 +1,132 @@
+import importlib.util
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from jmt_dist.config import Recipe
+from jmt_dist.errors import UsageError, UserError
+from jmt_dist.evaluate.metric import scores
+from jmt_dist.evaluate.predict import read_predictions, write_predictions
+from jmt_dist.evaluate.smooth import smooth
+from jmt_dist.model.zoo import make_fusion
+from jmt_dist.recipe import build, dump, word_layer
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+ROWS = {"134": 30, "video2_left": 20}
+
+
+def main_of(name):
+    spec = importlib.util.spec_from_file_location(name, LAUNCH / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where pydantic looks the annotations up
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def make_recipe(out, *words):
+    out.mkdir(parents=True)
+    recipe = build(Recipe, [word_layer(word) for word in words])
+    dump(recipe, out / "recipe.yaml")
+    return recipe
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with test predictions of two folds and two seeds, and validation predictions of one fold."""
+    out, rng = tmp_path / "run", np.random.default_rng(0)
+    make_recipe(out, "fusion.seeds=[0,1]")
+    va = {}
+    for fold in ("official", "fold-1"):
+        for seed in (0, 1, 7):  # seed 7 is of earlier work: not in the recipe
+            va[fold, seed] = {unit: rng.uniform(-1, 1, (rows, 2)).astype(np.float32) for unit, rows in ROWS.items()}
+            folder = out / fold / "evaluate" / f"jmt-seed{seed}"
+            write_predictions(folder / "test.parquet", va[fold, seed], {})
+            if fold == "official":
+                labels = {unit: np.clip(values + 0.2, -1, 1) for unit, values in va[fold, 0].items()}
+                write_predictions(folder / "predictions.parquet", va[fold, seed], labels)
+    return out, va
+
+
+def test_test_units_are_the_mean_of_folds_and_seeds(run, tmp_path, capsys):
+    out, va = run
+    sample = tmp_path / "sample.txt"
+    rows = [f"{unit}/{i:05d}.jpg" for unit in reversed(ROWS) for i in range(1, ROWS[unit] + 1)]
+    sample.write_text("\n".join(["image_location,valence,arousal", *(f"{row},-5,-5" for row in rows)]) + "\n")
+    words = [f"out={out}", f"to={tmp_path}/new/test.parquet", f"sample={sample}", f"challenge={tmp_path}/new/test.txt"]
+    assert main_of("predict_units")([*words, "smooth_arousal=5", "decimals=4"]) == 0
+    got = read_predictions(tmp_path / "new" / "test.parquet")
+    for unit in ROWS:
+        mean = np.mean([va[fold, seed][unit] for fold in ("official", "fold-1") for seed in (0, 1)], axis=0)
+        np.testing.assert_allclose(got[unit].va, smooth(mean, 1, 5), atol=1e-6)
+        assert np.isnan(got[unit].labels).all()
+    lines = (tmp_path / "new" / "test.txt").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines[1:]] == rows
+    assert [float(v) for v in lines[1].split(",")[1:]] == pytest.approx(got["video2_left"].va[0].tolist(), abs=5.1e-5)
+    printed = capsys.readouterr().out
+    assert "averaging 4 predictions" in printed and "seed7" not in printed and "no labels" in printed
+    assert "50 rows of 2 units, 0 numbers clipped" in printed and printed.rstrip().endswith("test.txt")
+
+
+def test_validation_units_of_one_fold_are_scored(run, tmp_path, capsys):
+    out, va = run
+    assert main_of("predict_units")([f"out={out}", "part=validation", f"to={tmp_path}/v.parquet"]) == 0
+    mean = np.concatenate([(va["official", 0][unit] + va["official", 1][unit]) / 2 for unit in ROWS])
+    labels = np.concatenate([np.clip(va["official", 0][unit] + 0.2, -1, 1) for unit in ROWS])
+    assert f"50 with labels: CCC valence {scores(mean, labels).valence:.3f}" in capsys.readouterr().out
+
+
+def test_predict_refuses_in_one_line(run, tmp_path):
+    out, _ = run
+    main, to = main_of("predict_units"), f"to={tmp_path}/x.parquet"
+    with pytest.raises(UsageError, match="go together"):
+        main([f"out={out}", to, "challenge=x.txt"])
+    with pytest.raises(UsageError, match="validation units of several folds"):
+        main([f"out={out}", to, "part=validation", "folds=[official,fold-1]"])
+    with pytest.raises(UserError, match=r"fold fold-2 .* has no test predictions of jmt\. .*evaluate\.test=true"):
+        main([f"out={out}", to, "folds=[official,fold-2]"])
+    with pytest.raises(UserError, match="no test predictions of gated"):
+        main([f"out={out}", to, "model=gated"])
+    with pytest.raises(UserError, match="there is no run folder"):
+        main([f"out={tmp_path}/gone", to])
+    assert not (tmp_path / "x.parquet").exists()
+
+
+def test_export_of_a_folds_best_weights(tmp_path, capsys):
+    out = tmp_path / "run"
+    recipe = make_recipe(out, "fusion.model=gated", "fusion.seeds=[4,5]")
+    torch.manual_seed(0)
+    model = make_fusion(recipe.fusion)
+    folder = out / "fold-1" / "fusion" / "gated-seed4"
+    folder.mkdir(parents=True)
+    save_file(model.state_dict(), str(folder / "best.safetensors"))
+    main = main_of("export_model")
+    assert main([f"out={out}", "fold=fold-1", f"to={tmp_path}/gated.onnx"]) == 0
+    printed = capsys.readouterr().out
+    assert "largest difference from the model" in printed and printed.rstrip().endswith("gated.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "gated.onnx"), providers=["CPUExecutionProvider"])
+    notes = session.get_modelmeta().custom_metadata_map
+    assert (notes["fold"], notes["model"], notes["seed"]) == ("fold-1", "gated", "4")
+    audio, visual = torch.randn(3, 8, 512), torch.randn(3, 8, 512)
+    got = session.run(None, {"audio": audio.numpy(), "visual": visual.numpy()})[0]
+    np.testing.assert_allclose(got, model.eval()(audio, visual).detach().numpy(), atol=1e-5)  # the weights, not fresh ones
+    with pytest.raises(UserError, match=r"there are no weights at .*gated-seed5"):
+        main([f"out={out}", "fold=fold-1", "seed=5", f"to={tmp_path}/x.onnx"])
+    with pytest.raises(UsageError, match=r"there is no fusion model `gatd`\. Did you mean `gated`\?"):
+        main([f"out={out}", "model=gatd", f"to={tmp_path}/x.onnx"])
+
+
+@pytest.mark.parametrize("name", ["predict_units", "export_model", "compare_runs", "sync_tracking"])
+def test_help_answers_at_once(name):
+    command = [sys.executable, "-X", "importtime", str(LAUNCH / f"{name}.py"), "--help"]
+    started = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "Options:" in done.stdout and "key=value" in done.stdout
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert not imported & {"torch", "mlflow", "numpy", "rich", "matplotlib", "pyarrow"}  # what would make it slow, whatever the machine
+    assert time.monotonic() - started < 10

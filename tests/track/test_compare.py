@@ -1,0 +1,248 @@
+import base64
+import csv
+import json
+import math
+import re
+import statistics
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from jmt_dist.config import Recipe
+from jmt_dist.errors import UserError
+from jmt_dist.recipe import build, dump, word_layer
+from jmt_dist.track import plots
+from jmt_dist.track.compare import FOLDS, PAPER_TABLE1, changed_keys, markdown, read_ceilings, read_run, table1, table1_csv
+from jmt_dist.track.report import compare_run, compare_runs, run_folders
+from jmt_dist.track.spool import read_metrics
+from jmt_dist.track.tracker import ParentRun
+from tests.track.runfolder import make_fixture_json, make_run
+
+ROOT = Path(__file__).parents[2]
+ALL = dict.fromkeys(FOLDS, (0.5, 0.6))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A finished run folder, its metrics, and what the comparison made of it."""
+    base = tmp_path_factory.mktemp("runs")
+    metrics = make_run(base / "demo", seeds=2)
+    return base / "demo", metrics, compare_run(base / "demo", make_fixture_json(base / "fixture.json"))
+
+
+def make_light(out, scores, words=("name=light",)):
+    """A run folder that holds metrics only."""
+    out.mkdir(parents=True)
+    dump(build(Recipe, [word_layer(word) for word in words]), out / "recipe.yaml")
+    for fold, (v, a) in scores.items():
+        (out / fold).mkdir()
+        metrics = {"model": "jmt", "valence": v, "arousal": a, "average": (v + a) / 2, "interval": None}
+        (out / fold / "metrics.json").write_text(json.dumps(metrics))
+    return out
+
+
+def test_paper_numbers_are_consistent():
+    assert list(PAPER_TABLE1) == list(FOLDS)
+    for fold, (valence, arousal, average) in PAPER_TABLE1.items():
+        assert average == pytest.approx((valence + arousal) / 2, abs=1.1e-3), fold  # the paper cuts or rounds to three decimals
+
+
+def test_csv_has_exactly_the_six_rows(whole):
+    out, metrics, _ = whole
+    with open(out / "table1.csv", newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["fold", "valence", "arousal", "average"] and [row[0] for row in rows[1:]] == list(FOLDS)
+    for fold, *values in rows[1:]:
+        assert [float(v) for v in values] == pytest.approx([metrics[fold][t] for t in ("valence", "arousal", "average")], abs=1e-6)
+
+
+def test_table_shows_intervals_paper_and_mean(whole):
+    out, metrics, result = whole
+    table = result.tables[0]
+    low, high = metrics["official"]["interval"]["valence"]
+    assert table.rows[0][1] == f"{metrics['official']['valence']:.3f} [{low:.3f}, {high:.3f}]"
+    assert table.rows[0][4:] == ("0.717", "0.614", "0.666")
+    averages = [metrics[fold]["average"] for fold in FOLDS[1:]]
+    assert table.rows[6][0] == "mean of 5 folds"
+    assert table.rows[6][3] == f"{statistics.mean(averages):.3f} ± {statistics.stdev(averages):.3f}"
+    assert table.rows[6][6] == "0.679 ± 0.027"
+    best = max(range(6), key=lambda i: metrics[FOLDS[i]]["valence"])
+    assert {(best, 1), (4, 4), (4, 6), (1, 5)} < table.bold  # the last three are those the paper itself prints bold
+    text = (out / "table1.md").read_text()
+    assert "**0.760**" in text and f"**{table.rows[best][1]}**" in text and result.omissions == []
+
+
+def test_baselines_and_ceilings_on_the_official_fold(whole):
+    _, metrics, result = whole
+    assert [table.title for table in result.tables[1:]] == ["Systems on fold official"]
+    rows = result.tables[1].rows
+    names = [f"{name} (mean of 2 seeds)" for name in ("jmt", "visual", "audio")]
+    assert [row[0] for row in rows] == [*names, "ceiling: visual", "ceiling: audio", "ceiling: both"]
+    spread = statistics.stdev([seed["valence"] for seed in metrics["official"]["seeds"]])
+    assert rows[0][4].startswith(f"{spread:.3f} / ") and rows[5][1:4] == ("0.920", "0.900", "0.910")
+
+
+class Resources(HTMLParser):
+    """What a page would load, and its elements."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.tags = [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.found += [value for name, value in attributes if name in ("src", "href", "srcset", "action", "data", "poster")]
+
+
+def test_report_needs_no_other_file(whole):
+    out, _, _ = whole
+    text = (out / "report.html").read_text()
+    page = Resources()
+    page.feed(text)
+    assert len(page.found) == 4 and all(value.startswith("data:image/svg+xml;base64,") for value in page.found)
+    assert not {"script", "link", "iframe"} & set(page.tags) and "@import" not in text and "url(" not in text
+    for value in page.found:
+        svg = base64.b64decode(value.split(",", 1)[1]).decode()
+        assert "<svg" in svg and not re.search(r'(?:href|src)="(?!#)', svg)
+    assert "Table 1" in text and "0.717" in text and "fusion.batch = 2" in text and str(out) in text
+
+
+def test_unfinished_folds_are_rows_not_crashes(tmp_path):
+    out = make_light(tmp_path / "run", {"official": (0.5, 0.6), "fold-1": (0.4, 0.5), "fold-2": (0.3, 0.4)})
+    (out / "fold-2" / "status.json").write_text(json.dumps({"state": "running", "stage": "fusion"}))  # its metrics are of earlier work
+    (out / "fold-3").mkdir()
+    (out / "fold-3" / "status.json").write_text(json.dumps({"state": "failed", "stage": "visual", "reason": "out of memory <b>"}))
+    (out / "fold-4").mkdir()
+    (out / "fold-4" / "metrics.json").write_text('{"valence": NaN, "arousal": 0.5, "average": 0.5}')
+    result = compare_run(out)
+    failed = "failed in visual (out of memory <b>)"
+    assert result.omissions == [
+        "fold-2: running in fusion",
+        f"fold-3: {failed}",
+        "fold-4: metrics.json cannot be read",
+        "fold-5: not run",
+    ]
+    assert (out / "table1.csv").read_text().splitlines()[2:4] == ["fold-1,0.400000,0.500000,0.450000", "fold-2,nan,nan,nan"]
+    rows = result.tables[0].rows
+    assert rows[3][1:4] == (failed, "", "") and rows[6][:2] == ("mean of 1 fold", "–")
+    page = (out / "report.html").read_text()
+    assert "out of memory &lt;b&gt;" in page and "Missing here" in page
+    nothing = make_light(tmp_path / "nothing", {})
+    assert len(compare_run(nothing).omissions) == 6
+    assert all(math.isnan(float(cell)) for line in (nothing / "table1.csv").read_text().splitlines()[1:] for cell in line.split(",")[1:])
+
+
+def test_a_figure_that_fails_is_an_omission(tmp_path):
+    out = make_light(tmp_path / "run", ALL)
+    (out / "official" / "evaluate" / "jmt-seed0").mkdir(parents=True)
+    (out / "official" / "evaluate" / "jmt-seed0" / "predictions.parquet").write_bytes(b"torn")
+    result = compare_run(out)
+    assert len(result.omissions) == 1 and "figure `Predictions" in result.omissions[0]
+    assert (out / "report.html").is_file()
+
+
+def test_wrong_folders_give_one_line(tmp_path):
+    with pytest.raises(UserError, match="there is no run folder"):
+        read_run(tmp_path / "gone")
+    with pytest.raises(UserError, match="is no run folder"):
+        read_run(tmp_path)
+    (tmp_path / "recipe.yaml").write_text("a: [")
+    with pytest.raises(UserError, match=r"recipe\.yaml cannot be read"):
+        read_run(tmp_path)
+    (tmp_path / "fixture.json").write_text("{}")
+    with pytest.raises(UserError, match="holds no ceilings"):
+        read_ceilings(tmp_path / "fixture.json")
+    with pytest.raises(UserError, match=r"is no fixture\.json"):
+        read_ceilings(tmp_path / "gone.json")
+
+
+def test_traces_are_the_mean_over_the_recipes_seeds(whole):
+    out, _, _ = whole
+    run = read_run(out)
+    stray = out / "official" / "evaluate" / "jmt-seed9"  # left by a recipe with other seeds
+    stray.mkdir()
+    (stray / "predictions.parquet").write_bytes(b"")
+    files = run.predictions("official", "jmt")
+    assert [path.parent.name for path in files] == ["jmt-seed0", "jmt-seed1"]
+    traces = plots.read_traces(run)
+    assert [trace.unit for trace in traces] == ["10-60-1280x720", "video1", "video2_right"]
+    parts = [table[table.unit == "video1"] for table in (pq.read_table(path).to_pandas() for path in files)]
+    assert traces[1].va[:, 1] == pytest.approx((parts[0].arousal.to_numpy() + parts[1].arousal.to_numpy()) / 2, abs=1e-6)
+    assert len(traces[1].labels) == 400
+
+
+def test_several_runs_side_by_side(tmp_path):
+    a = make_light(tmp_path / "sweep" / "a", ALL, ("name=a", "fusion.optimizer.lr=0.001"))
+    scores = {**ALL, "official": (0.6, 0.7), "fold-1": (0.8, 0.8)}
+    b = make_light(tmp_path / "sweep" / "b", scores, ("name=b", "fusion.optimizer.lr=0.01"))
+    c = make_light(tmp_path / "sweep" / "c", {"official": (0.1, 0.2)}, ("name=c | d",))
+    assert run_folders(tmp_path / "sweep") == [a, b, c]
+    assert changed_keys([read_run(folder) for folder in (a, b)]) == ["fusion.optimizer.lr"]
+    result = compare_runs([a, b, c], tmp_path / "sweep")
+    table = result.tables[0]
+    assert table.columns[-1] == "fusion.optimizer.lr" and [row[-1] for row in table.rows] == ["0.001", "0.01", "0.0005"]
+    assert table.rows[0][1:6] == ("0.500", "0.600", "0.550", "0.550 ± 0.000", "6 of 6") and table.rows[2][4:6] == ("–", "1 of 6")
+    assert (1, 3) in table.bold and (1, 4) in table.bold
+    assert len(result.omissions) == 5 and result.omissions[0] == "c | d, fold-1: not run"
+    lines = (tmp_path / "sweep" / "comparison.csv").read_text().splitlines()
+    assert len(lines) == 19 and lines[7] == "b,official,0.600000,0.700000,0.650000,nan,nan"
+    assert "c \\| d" in markdown(table) and "data:image/svg" in (tmp_path / "sweep" / "report.html").read_text()
+
+
+def test_scores_and_files_reach_the_parent_run_once(store, tmp_path):
+    client, parent = store
+    out = make_light(tmp_path / "run", ALL)
+    parent.save(out)
+    for _ in range(2):
+        assert compare_run(out).omissions == []
+    run = client.get_run(parent.run_id)
+    assert run.info.status == "FINISHED" and run.data.metrics["fold-3/arousal"] == 0.6
+    assert run.data.metrics["folds_mean/average"] == pytest.approx(0.55)
+    assert len(client.get_metric_history(parent.run_id, "official/valence")) == 1
+    assert sorted(f.path for f in client.list_artifacts(parent.run_id)) == ["report.html", "table1.csv", "table1.md"]
+
+
+def test_a_store_that_is_away_is_an_omission(tmp_path):
+    out = make_light(tmp_path / "run", ALL)
+    ParentRun("http://127.0.0.1:1", "0", "0" * 32).save(out)
+    result = compare_run(out)
+    assert len(result.omissions) == 1 and "MLflow (http://127.0.0.1:1) did not take the report" in result.omissions[0]
+    assert len(result.files) == 3 and table1_csv(read_run(out)) == (out / "table1.csv").read_text()
+
+
+def program(name, *words):
+    return subprocess.run([sys.executable, str(ROOT / "launch" / name), *words], capture_output=True, text=True, timeout=120)
+
+
+def test_program(whole, tmp_path):
+    out, _, _ = whole
+    done = program("compare_runs.py", f"out={out}", f"fixture={out.parent / 'fixture.json'}")
+    assert done.returncode == 0, done.stderr
+    assert "mean of 5 folds" in done.stdout and "ceiling: both" in done.stdout
+    assert done.stdout.rstrip().splitlines()[-1] == str(out / "report.html")
+    assert sum(line.count("[") == 3 for line in done.stdout.splitlines() if "│ fold-" in line) == 5  # rows are not folded in a log
+    light = make_light(tmp_path / "sweep" / "a", {"official": (0.5, 0.6)})
+    done = program("compare_runs.py", f"out={light.parent}")
+    assert done.returncode == 3 and "missing: light, fold-1: not run" in done.stdout
+    done = program("compare_runs.py", f"runs=[{light}]")
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("compare_runs.py: `out` is missing. Write out=")
+
+
+def test_table1_of_a_single_fold_has_nothing_bold(tmp_path):
+    run = read_run(make_light(tmp_path / "run", {"official": (0.5, 0.6)}))
+    assert not any(column < 4 for _, column in table1(run).bold)
+
+
+def test_curves_hold_every_seed_and_are_left_out_without_spools(whole, tmp_path):
+    out, _, _ = whole
+    curves = read_metrics(out / "official" / "spool")
+    assert len(plots._series(curves, "fusion/jmt", "validation_score")) == 2
+    assert plots._series(curves, "fusion/jmt", "lr")[0][0] == (0, 1e-3)
+    assert plots._series(curves, "fusion", "loss") == []
+    assert plots.learning_curves(read_run(make_light(tmp_path / "run", {}))) is None
+    steps, _ = plots._thin([(i, 0.0) for i in range(10_001)])
+    assert len(steps) <= plots.MOST_POINTS + 1 and steps[-1] == 10_000 and steps[0] == 0
