@@ -20,7 +20,7 @@ Image = NDArray[np.float32]
 SIZE = 112
 BLOCK = 8  # frames drawn together: small enough to stay in the cache
 _SOFT = 0.035  # width of an edge
-_SKINS = ((0.97, 0.83, 0.74), (0.91, 0.72, 0.58), (0.80, 0.58, 0.42), (0.62, 0.43, 0.30), (0.45, 0.30, 0.21))
+_SKINS = ((0.97, 0.83, 0.74), (0.91, 0.72, 0.58), (0.80, 0.58, 0.42), (0.62, 0.43, 0.30), (0.48, 0.33, 0.24))
 _HAIRS = ((0.08, 0.06, 0.05), (0.25, 0.15, 0.08), (0.45, 0.28, 0.14), (0.78, 0.62, 0.35), (0.62, 0.60, 0.58), (0.55, 0.22, 0.10))
 _IRISES = ((0.20, 0.12, 0.07), (0.30, 0.45, 0.62), (0.30, 0.42, 0.25), (0.35, 0.25, 0.15))
 
@@ -62,7 +62,7 @@ def _background(rng: np.random.Generator) -> Image:
     low = rng.random((1, 5, 5)) * 0.25 + rng.random((3, 5, 5)) * 0.1 + rng.random((3, 1, 1)) * 0.2 + rng.random() * 0.3
     fine = gaussian_filter(rng.standard_normal((SIZE, SIZE)), rng.uniform(1, 6)) * rng.uniform(0, 0.4)
     smooth = np.stack([zoom(channel, SIZE / 5, order=1) for channel in low])
-    return np.clip(smooth + fine, 0, 1).astype(np.float32)
+    return np.clip(0.45 + 0.5 * (smooth + fine - 0.45), 0, 1).astype(np.float32)  # a wall, not a poster
 
 
 def make_identity(seed: int, identity: int) -> Identity:
@@ -82,10 +82,10 @@ def make_identity(seed: int, identity: int) -> Identity:
         background=_background(rng),
         width=rng.uniform(0.66, 0.80),
         height=rng.uniform(0.92, 1.04),
-        fringe=rng.uniform(-0.05, 0.18),
-        volume=0.0 if style < 0.15 else rng.uniform(0.06, 0.22),
+        fringe=rng.uniform(-0.05, 0.10),
+        volume=0.0 if style < 0.12 else rng.uniform(0.06, 0.18),
         length=rng.uniform(-0.2, 0.2) if style < 0.6 else rng.uniform(0.5, 1.4),
-        beard=rng.uniform(0.25, 0.6) if rng.random() < 0.25 else 0.0,
+        beard=rng.uniform(0.2, 0.45) if rng.random() < 0.25 else 0.0,
         glasses=bool(rng.random() < 0.25),
         eye_gap=rng.uniform(0.31, 0.38),
         eye_size=rng.uniform(0.14, 0.175),
@@ -94,12 +94,12 @@ def make_identity(seed: int, identity: int) -> Identity:
         brow_thick=rng.uniform(0.03, 0.05),
         mouth_y=rng.uniform(0.49, 0.55),
         mouth_width=rng.uniform(0.33, 0.39),
-        mouth_rest=rng.normal(0, 0.018),
+        mouth_rest=rng.normal(0, 0.015),
         lip=rng.uniform(0.04, 0.065),
         nose=rng.uniform(0.10, 0.16),
-        light=(float(np.cos(angle)), float(np.sin(angle)), rng.uniform(0.0, 0.25)),
-        cast=(rng.uniform(0.80, 1.10) * rng.uniform(0.94, 1.06, 3)).astype(np.float32),
-        pose=(rng.normal(0, 0.03), rng.normal(0, 0.03), rng.normal(0, 0.05), rng.normal(0, 0.45)),
+        light=(float(np.cos(angle)), float(np.sin(angle)), rng.uniform(0.0, 0.18)),
+        cast=(rng.uniform(0.88, 1.06) * rng.uniform(0.95, 1.05, 3)).astype(np.float32),
+        pose=(rng.normal(0, 0.02), rng.normal(0, 0.02), rng.normal(0, 0.035), rng.normal(0, 0.25)),
         scale=rng.uniform(1.08, 1.22),
     )
 
@@ -223,7 +223,8 @@ def _eyes(c: _Canvas, who: Identity, xf: Image, e: Image, arousal: Image, lid: I
     c.paint(w, rim * (ey < 0.02) * 0.85, who.hair * np.float32(0.35))
     if who.glasses:
         ring = np.abs(np.sqrt((ex / 0.23) ** 2 + (ey / 0.19) ** 2) - 1) * 0.2 - 0.012
-        c.paint(w, np.maximum(_inside(ring), _inside(np.abs(y + 0.17) - 0.014) * (np.abs(x) < 0.13)) * 0.9, np.array([0.1, 0.09, 0.09], np.float32))
+        frame = np.maximum(_inside(ring), _inside(np.abs(y + 0.17) - 0.014) * (np.abs(x) < 0.13))
+        c.paint(w, frame * 0.9, np.array([0.1, 0.09, 0.09], np.float32))
     furrow = np.exp(-((x / 0.42) ** 2) - ((y + 0.30) / 0.12) ** 2) * np.clip(0.40 * sulk, 0, 0.6)
     c.paint(w, furrow, who.skin * np.float32(0.5))
     # brows: the inner ends come down and together for low valence, the whole brow rises for high

@@ -67,7 +67,7 @@ COSTLY = (
     Gotcha("audio-empty", "an audio stream without a packet", 44, suffix=".avi", sound=Sound("pcm_s16le", kind="empty")),
     Gotcha("audio-late", "audio starts 0.4 s after the pictures", 60, sound=Sound(start=0.4)),
     Gotcha("audio-early", "audio starts 0.3 s before the pictures", 60, sound=Sound(lead=0.3)),
-    Gotcha("audio-short", "audio ends after a third of the video", 60, split="validation", suffix=".avi", sound=Sound("pcm_s16le", share=1 / 3)),
+    Gotcha("audio-short", "audio ends after a third of the video", 60, suffix=".avi", sound=Sound("pcm_s16le", share=1 / 3)),
     Gotcha("variable-rate", "variable frame rate", 60, variable=True),
     Gotcha("name-with-dot", "a dot in the name", 44, stem="video390.v2"),
     Gotcha("name-with-space", "a space in the name", 44, stem="video 391"),
