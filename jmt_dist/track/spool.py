@@ -158,8 +158,7 @@ class Spool:
                     self._open()
                 line = b"\n" + self._waiting[0] if self._torn else self._waiting[0]
                 written = 0
-                while written < len(line):
-                    self._torn = True  # until the newline is out, also if write() fails half-way
+                while written < len(line):  # a write that fails half-way leaves a torn line: _open() sees it
                     written += os.write(self._file, line[written:])
                 self._torn = False
                 self._waiting.popleft()

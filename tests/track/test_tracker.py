@@ -173,6 +173,28 @@ def test_a_dead_server_slows_nothing_and_loses_nothing(kind, store, tmp_path, ha
     assert client.get_run(run_id).info.status == "FINISHED"
 
 
+def test_no_attempt_is_made_after_close(tmp_path, monkeypatch):
+    monkeypatch.setattr("jmt_dist.track.tracker.INTERVAL_SECONDS", 0.01)
+    monkeypatch.setattr("jmt_dist.track.tracker.CLOSE_SECONDS", 0.5)
+    answer, calls = threading.Event(), []
+
+    def hang(*_):
+        calls.append(time.monotonic())
+        answer.wait(30)
+        raise ConnectionError("no answer")
+
+    monkeypatch.setattr("jmt_dist.track.tracker.replay", hang)
+    with Tracker(tmp_path / "fold-1" / "spool", "http://127.0.0.1:1", "0" * 32) as tracker:
+        deadline = time.monotonic() + 30
+        while not calls and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert tracker._thread.is_alive() and os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "5"  # its call keeps the short timeouts
+    answer.set()
+    tracker._thread.join(timeout=30)
+    assert not tracker._thread.is_alive() and len(calls) == 1
+    tracker._environment.close()
+
+
 HOLDS = """
 import sys, time
 from pathlib import Path
@@ -218,12 +240,11 @@ def test_a_server_in_trouble_is_asked_ever_more_rarely(tmp_path, monkeypatch):
     folder = tmp_path / "fold-1" / "spool"
     with Tracker(folder, f"http://127.0.0.1:{server.server_port}", "0123456789abcdef0123456789abcdef") as tracker:
         tracker.spool.metrics({"x": 1.0}, 0)
-        deadline = time.monotonic() + 30
-        while Flaky.calls < 4 and time.monotonic() < deadline:
-            time.sleep(0.05)
+        time.sleep(4)
     server.shutdown()
     server.server_close()
-    assert 4 <= Flaky.calls <= 40 and "503" in tracker.problem
+    assert 4 <= Flaky.calls <= 20  # 0.05, 0.1, 0.2, … s apart: 7 attempts of two calls; without growing pauses, over 100
+    assert "503" in tracker.problem
     assert read_metrics(folder) == {"x": [(0, 1.0)]}
 
 
