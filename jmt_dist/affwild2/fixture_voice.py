@@ -44,7 +44,7 @@ def _envelope(vowels: Array, tract: Array, tilt: Array) -> Array:
     gain = np.full((len(vowels), f.shape[1]), 0.02)
     for k, (strength, width) in enumerate(zip((1.0, 0.6, 0.35), _WIDTHS, strict=True)):
         gain += strength / (1 + ((f - centres[:, k : k + 1]) / width) ** 2)
-    octaves = np.log2(np.maximum(f, 100.0) / 500.0)
+    octaves = np.log2(np.maximum(f, 100.0) / 200.0)
     return gain * 10 ** (tilt[:, None] * octaves / 20) * (f > 60) * (f < 11_000)
 
 
@@ -73,7 +73,7 @@ def make_voice(seed: int, name: str, identity: int, seconds: float, times: Array
     loud, vowels = _syllables(rng, 3.6 * pace * 2.0 ** (0.55 * arousal))
     melody = 0.06 * drift(rng, at, 0.25) * (1 + 0.25 * valence)
     pitch = base * 2.0 ** (0.42 * arousal + melody)
-    decibels = -9 + level + 8.0 * arousal
+    decibels = -3 + level + 8.0 * arousal
 
     grid = np.arange(samples) / _STEP
     control = np.arange(len(at))
