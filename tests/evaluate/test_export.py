@@ -19,13 +19,12 @@ def jmt(tmp_path_factory):
     return model, path
 
 
-@pytest.mark.parametrize("name", ["audio", "lstm"])  # one input unused; a recurrent operator
-def test_zoo_models_give_the_same_numbers(tmp_path, name):
+def test_a_recurrent_model_gives_the_same_numbers(tmp_path):
     torch.manual_seed(1)
-    model = make_fusion(FusionOptions(), name)
-    path = export_fusion(model, tmp_path / f"{name}.onnx")
+    model = make_fusion(FusionOptions(), "lstm")
+    path = export_fusion(model, tmp_path / "lstm.onnx")
     assert parity(model, path) < 1e-5
-    assert [p.name for p in tmp_path.iterdir()] == [f"{name}.onnx"]  # one file, no scratch, no weights beside it
+    assert [p.name for p in tmp_path.iterdir()] == ["lstm.onnx"]  # one file, no scratch, no weights beside it
 
 
 def test_file_says_what_it_is_and_takes_any_batch(jmt):

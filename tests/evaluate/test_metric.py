@@ -43,9 +43,9 @@ def test_ccc_known_values():
 
 def test_ccc_is_float64_inside():
     rng = np.random.default_rng(0)
-    y = rng.normal(0, 1e-3, 100_000).astype(np.float32) + np.float32(0.9)  # a mean far above the spread: float32 sums lose it
-    x = y + rng.normal(0, 1e-3, 100_000).astype(np.float32)
-    assert ccc(x, y) == pytest.approx(exact_ccc(x[:100_000], y[:100_000]), abs=1e-9)
+    y = rng.normal(0, 1e-3, 20_000).astype(np.float32) + np.float32(0.9)  # a mean far above the spread: float32 sums lose it
+    x = y + rng.normal(0, 1e-3, 20_000).astype(np.float32)
+    assert ccc(x, y) == pytest.approx(exact_ccc(x, y), abs=1e-9)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -0.7])

@@ -99,23 +99,23 @@ def test_predict_refuses_in_one_line(run, tmp_path):
 
 def test_export_of_a_folds_best_weights(tmp_path, capsys):
     out = tmp_path / "run"
-    recipe = make_recipe(out, "fusion.model=gated", "fusion.seeds=[4,5]")
+    recipe = make_recipe(out, "fusion.model=audio", "fusion.seeds=[4,5]")
     torch.manual_seed(0)
     model = make_fusion(recipe.fusion)
-    folder = out / "fold-1" / "fusion" / "gated-seed4"
+    folder = out / "fold-1" / "fusion" / "audio-seed4"
     folder.mkdir(parents=True)
     save_file(model.state_dict(), str(folder / "best.safetensors"))
     main = main_of("export_model")
-    assert main([f"out={out}", "fold=fold-1", f"to={tmp_path}/gated.onnx"]) == 0
+    assert main([f"out={out}", "fold=fold-1", f"to={tmp_path}/audio.onnx"]) == 0
     printed = capsys.readouterr().out
-    assert "largest difference from the model" in printed and printed.rstrip().endswith("gated.onnx")
-    session = onnxruntime.InferenceSession(str(tmp_path / "gated.onnx"), providers=["CPUExecutionProvider"])
+    assert "largest difference from the model" in printed and printed.rstrip().endswith("audio.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "audio.onnx"), providers=["CPUExecutionProvider"])
     notes = session.get_modelmeta().custom_metadata_map
-    assert (notes["fold"], notes["model"], notes["seed"]) == ("fold-1", "gated", "4")
-    audio, visual = torch.randn(3, 8, 512), torch.randn(3, 8, 512)
+    assert (notes["fold"], notes["model"], notes["seed"]) == ("fold-1", "audio", "4")
+    audio, visual = torch.randn(3, 8, 512), torch.randn(3, 8, 512)  # the file takes both, although this model reads one
     got = session.run(None, {"audio": audio.numpy(), "visual": visual.numpy()})[0]
     np.testing.assert_allclose(got, model.eval()(audio, visual).detach().numpy(), atol=1e-5)  # the weights, not fresh ones
-    with pytest.raises(UserError, match=r"there are no weights at .*gated-seed5"):
+    with pytest.raises(UserError, match=r"there are no weights at .*audio-seed5"):
         main([f"out={out}", "fold=fold-1", "seed=5", f"to={tmp_path}/x.onnx"])
     with pytest.raises(UsageError, match=r"there is no fusion model `gatd`\. Did you mean `gated`\?"):
         main([f"out={out}", "model=gatd", f"to={tmp_path}/x.onnx"])
