@@ -10,7 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from jmt_dist.cluster import attempts
+from jmt_dist.cluster import attempts, slurm
+from jmt_dist.cluster.job import WARNED
 from jmt_dist.cluster.status import update_status
 
 
@@ -21,17 +22,26 @@ def main(words: list[str]) -> int:
     fold = folds[int(task or "0")]
     job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}" if task is not None else os.environ["SLURM_JOB_ID"]
     start = attempts.Start(submission, job, int(os.environ.get("SLURM_RESTART_COUNT", "0")))
-    if any(start.matches(entry) and entry["outcome"] == "stopped" for entry in attempts.read_attempts(out, fold)):
+    mine = next((entry for entry in attempts.read_attempts(out, fold) if start.matches(entry)), {})
+    if mine.get("outcome") == "stopped" and mine.get("reason") == WARNED:
         return 0  # rank 0 has dealt with it: queued again, or failed with its reason
     verdict = attempts.settle(out, fold, start, tries, _reason(code))
     print(f"{fold}: {verdict.reason or verdict.next}", flush=True)
     if verdict.next != "again":
+        return 0
+    if not _is_running(job):
+        update_status(out, fold, state="stopped", reason=verdict.reason)
         return 0
     update_status(out, fold, state="waiting", reason=verdict.reason)
     answer = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
     if answer.returncode:
         update_status(out, fold, state="failed", reason=f"{verdict.reason}; could not be queued again: {answer.stderr.strip()}")
     return answer.returncode
+
+
+def _is_running(job: str) -> bool:
+    """Whether SLURM means this job to go on: one that was cancelled is completing, and requeue would bring it back."""
+    return slurm.squeue(job).get(job) == "RUNNING"
 
 
 def _reason(code: int) -> str:

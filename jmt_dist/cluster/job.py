@@ -19,6 +19,7 @@ from jmt_dist.cluster import attempts, plan, status
 from jmt_dist.config import Recipe, Site
 from jmt_dist.errors import UserError
 
+WARNED = "time limit or preemption (SIGUSR2)"
 _WARNING = signal.SIGUSR2  # submitit's signal: the time limit is near, or the job is about to be preempted
 _PR_SET_PDEATHSIG = 1
 
@@ -87,6 +88,7 @@ class FoldJob:
         started = attempts.count(out, self.fold, self.submission)
         reason = f"stopped by SLURM at start {started} of {tries}"
         if started < tries:
+            status.update_status(out, self.fold, state="waiting")
             try:
                 handler(_WARNING, None)
             except Exception as error:
@@ -137,7 +139,7 @@ def _listen(signals: list[int], request: Callable[[str], None]) -> dict[signal.S
 
     def ask(number: int, frame: FrameType | None) -> None:
         signals.append(number)
-        request({_WARNING: "time limit or preemption (SIGUSR2)"}.get(signal.Signals(number), "asked to end (SIGTERM)"))
+        request({_WARNING: WARNED}.get(signal.Signals(number), "asked to end (SIGTERM)"))
 
     return {number: signal.signal(number, ask) for number in (_WARNING, signal.SIGTERM)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import subprocess
@@ -56,8 +57,11 @@ def submit_array(plan: Plan) -> str:
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
         raise UserError("sbatch and srun are not on this machine", "Submit from a login node, or use site=slurm/sites/local.yaml.")
     plan.jobs.mkdir(parents=True)
+    # where SLURM's configuration is, and the user's own defaults for sbatch: submitit would drop them with the rest
+    kept = {name: value for name, value in os.environ.items() if name == "SLURM_CONF" or name.startswith("SBATCH_")}
     try:
         with clean_env():  # a submission from within a job must not inherit that job's shape
+            os.environ.update(kept)
             # submitit counts timeouts itself; ours (site.tries, over stops of every kind) is the smaller number
             executor = SlurmExecutor(plan.jobs, max_num_timeout=plan.site.tries)
             executor.update_parameters(**array_parameters(plan))
@@ -99,11 +103,12 @@ def queue(jobs: dict[str, Any]) -> dict[str, str]:
         return {}
     states: dict[str, str] = {}
     for job in ids:  # one by one: squeue refuses the whole list for one id it has forgotten
-        states.update(_squeue(job))
+        states.update(squeue(job))
     return states
 
 
-def _squeue(job: str) -> dict[str, str]:
+def squeue(job: str) -> dict[str, str]:
+    """State by job id of a job, or of the tasks of an array, where SLURM still has them in its queue."""
     words = ["squeue", "--noheader", "--array", "--jobs", job, "--format", "%i|%T"]
     try:
         answer = subprocess.run(words, capture_output=True, text=True, timeout=60)

@@ -48,7 +48,9 @@ def run_fold(recipe: Any, site: Any, fold: str, out: Path) -> None:
         if toy.get("warn_at") == step and rank == 0:
             os.kill(os.getpid(), signal.SIGUSR2)
     ranks = [folder / f"state-{other}" for other in range(note["world"])]
-    while not all(path.exists() and int(path.read_text() or 0) >= toy["steps"] for path in ranks) and not stop.requested():
+    while not all(path.exists() and int(path.read_text() or 0) >= toy["steps"] for path in ranks):
+        if stop.requested() and not toy.get("deaf"):
+            raise stop.Stopped(stop.requested())
         time.sleep(0.05)  # like a collective: nobody leaves before the others
     if rank == 0:
         (folder / "metrics.json").write_text(json.dumps({"fold": fold}))
