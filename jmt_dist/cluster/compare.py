@@ -24,13 +24,14 @@ def compare(out: Path) -> None:
         except UserError as error:
             print(f"tracking: {error}", file=sys.stderr)
     result = compare_run(out)
+    console = Console() if sys.stdout.isatty() else Console(width=140)  # a log has no width of its own
     for table in result.tables:
         grid = Grid(title=table.title, title_justify="left")
         for name in table.columns:
             grid.add_column(name)
         for row in table.rows:
             grid.add_row(*row)
-        Console().print(grid)
+        console.print(grid)
     for line in result.omissions:
         print(f"left out: {line}")
     for path in result.files:
