@@ -162,7 +162,7 @@ class _Sender:
     def _state(self, status: str, when: int) -> None:
         if status not in STATES:
             self.report.unreadable += 1
-        elif status == "RUNNING":
+        elif status in ("SCHEDULED", "RUNNING"):
             self.client.update_run(self.offset.run_id, status=status)
             self.report.state = status
         else:

@@ -5,7 +5,7 @@
     {"t": …, "p": {name: value}}                params, as text
     {"t": …, "g": {name: value}}                tags, as text
     {"t": …, "a": path, "to": folder}           a file to store; relative to the folder above the spool's where it lies there
-    {"t": …, "z": status}                       RUNNING, FINISHED, FAILED or KILLED
+    {"t": …, "z": status}                       SCHEDULED, RUNNING, FINISHED, FAILED or KILLED
 `jmt_dist.track.replay` sends them. MLflow ignores a point it already has (same name, time, step, value), so sending
 twice stores once. For that to hold after a resume too, a step trained a second time gets the first one's time.
 MLflow keeps NaN and stores an infinity as ±1.797e308.
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 EVENTS = "events.jsonl"
-STATES = ("RUNNING", "FINISHED", "FAILED", "KILLED")
+STATES = ("SCHEDULED", "RUNNING", "FINISHED", "FAILED", "KILLED")
 WAITING = 10_000  # records kept in memory while the disk refuses them
 
 
@@ -113,7 +113,7 @@ class Spool:
         self._record({"a": os.path.relpath(absolute, home) if inside else absolute, "to": name})
 
     def state(self, status: str) -> None:
-        """Record that the run is now RUNNING, FINISHED, FAILED or KILLED."""
+        """Record that the run is now one of `STATES`; SCHEDULED: it stopped and is to go on."""
         if status not in STATES:
             raise ValueError(f"{status} is none of {', '.join(STATES)}")
         self._record({"z": status})

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from jmt_dist.errors import UserError
 from jmt_dist.track.replay import ReplayReport, replay, unsent
-from jmt_dist.track.spool import Spool
+from jmt_dist.track.spool import STATES, Spool
 
 T = TypeVar("T")
 SQLITE = "sqlite:///"
@@ -162,8 +162,8 @@ class Tracker:
 
     With an empty `uri` or `run_id` the records stay in the spool, for `launch/sync_tracking.py`. With `folder` None
     (ranks other than 0) nothing is kept. Used as a context manager it records RUNNING, and at the end FINISHED, or
-    FAILED after an exception, or KILLED after Ctrl-C, an exit, or an exception whose class says
-    `tracking_state = "KILLED"` (a requested stop). A resumed job goes on with the same run.
+    FAILED after an exception, KILLED after Ctrl-C or an exit, or what the exception's class says in `tracking_state`
+    (a requested stop: SCHEDULED). A resumed job goes on with the same run.
     """
 
     def __init__(self, folder: Path | None, uri: str = "", run_id: str = "") -> None:
@@ -248,7 +248,8 @@ def _state_after(kind: type[BaseException] | None) -> str:
         return "FINISHED"
     if issubclass(kind, KeyboardInterrupt | SystemExit | GeneratorExit):
         return "KILLED"
-    return str(getattr(kind, "tracking_state", "FAILED"))
+    state = getattr(kind, "tracking_state", "FAILED")
+    return state if state in STATES else "FAILED"  # an error here would hide the exception that is on its way
 
 
 def _create_named(client: Any, name: str, location: str | None) -> str:

@@ -25,6 +25,7 @@ from jmt_dist.track.tracker import (
     load_run,
     save_run,
 )
+from jmt_dist.train.stop import Stopped
 
 
 def history(client, run_id, name):
@@ -100,13 +101,26 @@ def test_a_run_arrives_while_and_after_it_trains(store, tmp_path):
         raise RuntimeError("out of memory")
     assert history(client, run_id, "loss") == [(0, 2.0), (1, 1.0), (2, 0.5)]
     assert client.get_run(run_id).info.status == "FAILED"
+    with pytest.raises(Stopped), Tracker(folder, parent.uri, run_id):  # what training raises after it saved on request
+        raise Stopped("preempted")
+    assert client.get_run(run_id).info.status == "SCHEDULED"
+    with Tracker(folder, parent.uri, run_id):
+        pass
+    assert client.get_run(run_id).info.status == "FINISHED" and unsent(folder, run_id) == 0
 
 
-class Stopped(Exception):  # noqa: N818
-    tracking_state = "KILLED"
+class Odd(Exception):  # noqa: N818
+    tracking_state = "GONE"
 
 
-ENDINGS = [(None, "FINISHED"), (ValueError, "FAILED"), (KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED"), (Stopped, "KILLED")]
+ENDINGS = [
+    (None, "FINISHED"),
+    (ValueError, "FAILED"),
+    (KeyboardInterrupt, "KILLED"),
+    (SystemExit, "KILLED"),
+    (Stopped, "SCHEDULED"),
+    (Odd, "FAILED"),
+]
 
 
 @pytest.mark.parametrize(("error", "state"), ENDINGS)
