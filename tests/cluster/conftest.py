@@ -65,7 +65,11 @@ class Workplace:
 
     def submit(self, out: Path, *words: str, **toy: Any) -> tuple[int, str]:
         process = self.start(out, *words, **toy)
-        text, _ = process.communicate(timeout=120)
+        try:
+            text, _ = process.communicate(timeout=120)
+        finally:
+            if process.poll() is None:  # its jobs end with it
+                process.kill()
         return process.returncode, text
 
 

@@ -35,7 +35,7 @@ def most_at_once(out: Path) -> int:
 def test_all_folds_run_at_most_two_at_a_time_and_a_second_run_starts_nothing(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOY_TRACKING", "1")
     out = workplace.out()
-    code, text = workplace.submit(out, star={"steps": 5, "seconds": 0.1})
+    code, text = workplace.submit(out, star={"steps": 5, "seconds": 0.4})
     assert code == 0, text
     assert most_at_once(out) == 2
     assert sorted(note["fold"] for note in starts(out) if "end" in note) == sorted(FOLDS)

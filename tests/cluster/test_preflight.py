@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -14,15 +18,25 @@ from tests.cluster.conftest import ROOT, Workplace, write_shards
 
 
 def refused(workplace: Workplace, *words: str, code: int = 1) -> str:
-    """The program's own answer: exit code, one line, no run folder."""
-    out = workplace.out()
-    command = [sys.executable, "launch/submit_folds.py", f"recipe={workplace.recipe}", f"site={workplace.site}", f"out={out}", *words]
-    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert answer.returncode == code, answer.stdout + answer.stderr
-    lines = answer.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("submit_folds.py: "), answer.stderr
+    """The program's own answer: exit code, one line, no run folder. In this process, since there are many of them."""
+    out, errors, mask = workplace.out(), io.StringIO(), os.umask(0o022)
+    program = runpy.run_path(str(ROOT / "launch" / "submit_folds.py"))
+    arguments = [f"recipe={workplace.recipe}", f"site={workplace.site}", f"out={out}", *words]
+    with contextlib.chdir(ROOT), contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as end:
+        program["run"](program["main"], "", [], arguments)
+    os.umask(mask)
+    lines = errors.getvalue().strip().splitlines()
+    assert end.value.code == code and len(lines) == 1, errors.getvalue()
     assert not out.exists()
-    return lines[0]
+    return lines[0].partition(": ")[2]
+
+
+def test_a_refusal_is_all_the_program_says_on_stderr(workplace: Workplace) -> None:
+    command = [sys.executable, "launch/submit_folds.py", f"recipe={workplace.recipe}", f"site={workplace.site}", "fusion.modle=jmt"]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert answer.returncode == 2 and answer.stdout == ""
+    expected = "submit_folds.py: unknown key `fusion.modle` (word `fusion.modle=jmt`). Did you mean `fusion.model`?"
+    assert answer.stderr.strip() == expected
 
 
 def test_a_wrong_key_names_the_nearest_right_one(workplace: Workplace) -> None:
@@ -82,8 +96,6 @@ def test_too_few_gpus_for_the_parallel_jobs(workplace: Workplace, monkeypatch: p
 
 
 def test_someone_elses_folder_is_refused_and_an_open_one_is_closed(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
     from jmt_dist.cluster import plan
     from jmt_dist.errors import UserError
 

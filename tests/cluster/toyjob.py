@@ -47,7 +47,7 @@ def run_fold(recipe: Any, site: Any, fold: str, out: Path) -> None:
             raise UserError(toy["user"]) if toy.get("user") else RuntimeError(f"toy failure at start {tries}")
         if toy.get("warn_at") == step and rank == 0:
             os.kill(os.getpid(), signal.SIGUSR2)
-    ranks = [folder / f"state-{other}" for other in range(note["world"])]
+    ranks = [folder / f"state-{other}" for other in range(note["world"]) if other != rank]
     while not all(path.exists() and int(path.read_text() or 0) >= toy["steps"] for path in ranks):
         if stop.requested() and not toy.get("deaf"):
             raise stop.Stopped(stop.requested())
