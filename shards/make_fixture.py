@@ -29,7 +29,7 @@ def main(words: list[str]) -> int:
     console.print(
         f"fixture: {len(units)} units ({count['train']} train, {count['validation']} validation, {count['test']} test; "
         f"{sum(bool(unit.gotcha) for unit in units)} of them irregular) in {len(videos)} videos, {crops} crops, "
-        f"about {crops * 5 // 1000} MB, seed {options.seed} -> {options.out}"
+        f"about {crops * 13 // 2000} MB, seed {options.seed} -> {options.out}"
     )
     columns = (TextColumn("videos"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:

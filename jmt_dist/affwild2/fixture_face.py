@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from scipy.ndimage import gaussian_filter, zoom
 
 from jmt_dist.affwild2.fixture_walk import Array, drift, stream
 
-Image = NDArray[np.float32]
+Image = NDArray[Any]  # float32 on the way to the canvas; a mask may be float64
 
 SIZE = 112
 BLOCK = 8  # frames drawn together: small enough to stay in the cache
@@ -71,7 +72,7 @@ def make_identity(seed: int, identity: int) -> Identity:
     tone = (0.31 + identity * 0.6180339887) % 1.0 * (len(_SKINS) - 1)
     low = int(tone)
     skin = np.array(_SKINS[low]) * (1 - tone + low) + np.array(_SKINS[min(low + 1, len(_SKINS) - 1)]) * (tone - low)
-    lips = skin * np.array([0.92, 0.58, 0.60]) * rng.uniform(0.75, 0.95) + np.array([rng.uniform(0, 0.1), 0, 0.02])
+    lips = skin * np.array([0.92, 0.48, 0.50]) * rng.uniform(0.75, 0.95) + np.array([rng.uniform(0, 0.1), 0, 0.02])
     angle, style = rng.uniform(0, 2 * np.pi), rng.random()
     return Identity(
         skin=np.clip(skin + rng.normal(0, 0.02, 3), 0.1, 1).astype(np.float32),
@@ -80,27 +81,27 @@ def make_identity(seed: int, identity: int) -> Identity:
         lips=lips.astype(np.float32),
         cloth=rng.uniform(0.05, 0.95, 3).astype(np.float32),
         background=_background(rng),
-        width=rng.uniform(0.66, 0.80),
+        width=rng.uniform(0.69, 0.77),
         height=rng.uniform(0.92, 1.04),
         fringe=rng.uniform(-0.05, 0.10),
         volume=0.0 if style < 0.12 else rng.uniform(0.06, 0.18),
         length=rng.uniform(-0.2, 0.2) if style < 0.6 else rng.uniform(0.5, 1.4),
         beard=rng.uniform(0.2, 0.45) if rng.random() < 0.25 else 0.0,
         glasses=bool(rng.random() < 0.25),
-        eye_gap=rng.uniform(0.31, 0.38),
+        eye_gap=rng.uniform(0.32, 0.37),
         eye_size=rng.uniform(0.14, 0.175),
-        eye_rest=rng.normal(0, 0.10),
-        brow_rest=rng.normal(0, 0.015),
+        eye_rest=rng.normal(0, 0.07),
+        brow_rest=rng.normal(0, 0.01),
         brow_thick=rng.uniform(0.03, 0.05),
-        mouth_y=rng.uniform(0.49, 0.55),
-        mouth_width=rng.uniform(0.33, 0.39),
-        mouth_rest=rng.normal(0, 0.015),
+        mouth_y=rng.uniform(0.465, 0.505),
+        mouth_width=rng.uniform(0.35, 0.40),
+        mouth_rest=rng.normal(0, 0.01),
         lip=rng.uniform(0.04, 0.065),
         nose=rng.uniform(0.10, 0.16),
         light=(float(np.cos(angle)), float(np.sin(angle)), rng.uniform(0.0, 0.18)),
         cast=(rng.uniform(0.88, 1.06) * rng.uniform(0.95, 1.05, 3)).astype(np.float32),
-        pose=(rng.normal(0, 0.02), rng.normal(0, 0.02), rng.normal(0, 0.035), rng.normal(0, 0.25)),
-        scale=rng.uniform(1.08, 1.22),
+        pose=(rng.normal(0, 0.02), rng.normal(0, 0.02), rng.normal(0, 0.03), rng.normal(0, 0.18)),
+        scale=rng.uniform(1.13, 1.21),
     )
 
 
@@ -210,7 +211,7 @@ def _eyes(c: _Canvas, who: Identity, xf: Image, e: Image, arousal: Image, lid: I
     ex, ey = np.abs(x) - np.float32(who.eye_gap), y + 0.15
     smile, sulk = np.clip(e, 0, 2), np.clip(-e, 0, 2)
     opening = np.clip(0.095 * (1 + who.eye_rest) + 0.038 * arousal, 0.02, 0.22) * (1 - 0.92 * lid)
-    size = np.float32(who.eye_size)
+    size = who.eye_size
     lower = np.clip(opening - 0.022 * smile, 0.008, 1)
     half = np.where(ey < 0, opening, lower)
     eye = _ellipse(ex, ey, size, half, 0.03)
@@ -225,7 +226,7 @@ def _eyes(c: _Canvas, who: Identity, xf: Image, e: Image, arousal: Image, lid: I
         ring = np.abs(np.sqrt((ex / 0.23) ** 2 + (ey / 0.19) ** 2) - 1) * 0.2 - 0.012
         frame = np.maximum(_inside(ring), _inside(np.abs(y + 0.17) - 0.014) * (np.abs(x) < 0.13))
         c.paint(w, frame * 0.9, np.array([0.1, 0.09, 0.09], np.float32))
-    furrow = np.exp(-((x / 0.42) ** 2) - ((y + 0.30) / 0.12) ** 2) * np.clip(0.40 * sulk, 0, 0.6)
+    furrow = np.exp(-((x / 0.42) ** 2) - ((y + 0.30) / 0.12) ** 2) * np.clip(0.5 * sulk, 0, 0.7)
     c.paint(w, furrow, who.skin * np.float32(0.5))
     # brows: the inner ends come down and together for low valence, the whole brow rises for high
     bx = (np.abs(x) - np.float32(who.eye_gap) + 0.05 * np.clip(sulk, 0, 1.2)) / 0.21
@@ -242,7 +243,7 @@ def _mouth(c: _Canvas, who: Identity, xf: Image, e: Image, talk: Image) -> None:
     width = np.float32(who.mouth_width) + 0.075 * np.clip(e, -1, 1.7)
     s = x / width
     arch = np.clip(1 - s * s, 0, 1)
-    curve = 0.20 * e + np.float32(who.mouth_rest)
+    curve = 0.215 * e + np.float32(who.mouth_rest)
     middle = np.float32(who.mouth_y) + 0.045 * sulk + curve * (0.42 - np.clip(s * s, 0, 1.6))
     gap = 0.014 + 0.12 * np.clip(smile, 0, 1.5) + 0.025 * talk
     upper, lower = middle - 0.35 * gap * arch, middle + gap * arch

@@ -47,6 +47,8 @@ def test_valence_is_readable_in_unseen_faces_at_32_pixels(crowd: tuple[np.ndarra
     cues, pictures = crowd
     X = small(pictures, 32)
     assert read_from_others(X, cues[..., 0].ravel()) > 0.7
+    assert read_from_others(X[:, 20:], cues[..., 0].ravel()) > 0.8  # the mouth alone
+    assert read_from_others(X[:, :18], cues[..., 0].ravel()) > 0.5  # brows, eyes and cheeks alone
     shuffled = np.random.default_rng(1).permutation(cues[..., 0].ravel())
     assert read_from_others(X, shuffled) < 0.3
 
