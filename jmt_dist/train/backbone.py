@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from jmt_dist.data.geometry import CLIPS
 from jmt_dist.data.pipeline import ClipLoader, clips
-from jmt_dist.model.backbones import AudioModel, VisualModel
 from jmt_dist.model.batchnorm import prepare
+from jmt_dist.model.heads import AudioModel, VisualModel
+from jmt_dist.model.weights import load_initial
 from jmt_dist.train.division import micro_batch
 from jmt_dist.train.engine import input_type
 from jmt_dist.train.plan import FoldPlan
@@ -35,7 +36,7 @@ def visual_stage(plan: FoldPlan) -> Stage:
         found = [model(clips(batch["frames"], offset).to(kind))[1] for offset in options.validation_offsets]
         return torch.stack(found, dim=1), batch["va"]
 
-    model = prepare(plan.model(lambda: VisualModel(options), "visual", options.seed), options.batchnorm)
+    model = _initial(plan, "visual", VisualModel, options)
     training = {"size": options.size, "crop": options.crop, "flip": options.flip, "streams": ("visual",)}
     dense = {"size": options.size, "streams": ("visual",), "offsets": options.validation_offsets}
     return _stage(plan, "visual", model, training, dense, predict, validate)
@@ -53,9 +54,18 @@ def audio_stage(plan: FoldPlan) -> Stage:
         found = [model(batch["mel"][:, place].to(kind))[1] for place in range(len(options.validation_offsets))]
         return torch.stack(found, dim=1), batch["va"]
 
-    model = prepare(plan.model(lambda: AudioModel(options), "audio", options.seed), options.batchnorm)
+    model = _initial(plan, "audio", AudioModel, options)
     dense = {"streams": ("audio",), "offsets": options.validation_offsets}
     return _stage(plan, "audio", model, {"streams": ("audio",)}, dense, predict, validate)
+
+
+def _initial(plan: FoldPlan, name: str, make: Any, options: Any) -> nn.Module:
+    """The stage's model with its initial weights, its BatchNorm as the recipe wants it."""
+    model = plan.model(lambda: make(options), name, options.seed)
+    loaded = load_initial(model, options)  # type: ignore[arg-type]
+    if rank() == 0:
+        print(f"{plan.fold} {name}: starts from {loaded}", flush=True)
+    return prepare(model, options.batchnorm)
 
 
 def _stage(
@@ -63,7 +73,7 @@ def _stage(
 ) -> Stage:
     options = plan.recipe.visual if name == "visual" else plan.recipe.audio
     micro = micro_batch(name, options.batch, world(), options.accumulation)
-    common = {"data": plan.recipe.data, "rank": rank(), "world": world(), "device": plan.device}
+    common: dict[str, Any] = {"data": plan.recipe.data, "rank": rank(), "world": world(), "device": plan.device}
     seed = plan.seed(name, options.seed)
 
     def validation() -> Iterator[Batch]:

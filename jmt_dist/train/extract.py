@@ -10,7 +10,7 @@ import torch
 from jmt_dist.data.features import FeatureWriter, write_description
 from jmt_dist.data.pipeline import ClipLoader, clips
 from jmt_dist.errors import UserError
-from jmt_dist.model.backbones import AudioModel, VisualModel
+from jmt_dist.model.heads import AudioModel, VisualModel
 from jmt_dist.train.checkpoint import load_weights
 from jmt_dist.train.plan import FoldPlan, claim
 from jmt_dist.train.ranks import barrier, rank, sum_over_ranks, world

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from jmt_dist.config import STAGES, Recipe, Site
 from jmt_dist.errors import UserError
-from jmt_dist.track.tracker import Tracker
+from jmt_dist.track.spool import Spool
+from jmt_dist.track.tracker import Tracker, load_run
 from jmt_dist.train import ranks, stop
 from jmt_dist.train.backbone import audio_stage, visual_stage
 from jmt_dist.train.extract import extract
-from jmt_dist.train.fuse import fusion_stage, stored_features
+from jmt_dist.train.fuse import fusion_folder, fusion_stage, stored_features
 from jmt_dist.train.plan import FoldPlan, claim, open_parts
 from jmt_dist.train.report import Status, now
 from jmt_dist.train.score import TARGETS, evaluate
@@ -35,48 +34,20 @@ def run_fold(recipe: Recipe, site: Site, fold: str, out: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     status = Status(folder, fold)
     status.set(state="running", start=now(), reason="")
-    with _tracker(folder) as tracker:
-
-        def log(metrics: dict[str, float], step: int) -> None:
-            if tracker is not None:
-                tracker.spool.metrics(metrics, step)
-
+    spool = folder / "spool" if ranks.rank() == 0 else None  # a spool without a folder drops what it is given
+    with Tracker(spool, *(load_run(spool) if spool else ("", ""))) as tracker:
         manifest, parts = open_parts(recipe, site, fold)
-        around = Surroundings(recipe.engine, device, log, status.progress)
+        around = Surroundings(recipe.engine, device, tracker.spool.metrics, status.progress)
         plan = FoldPlan(recipe, site, fold, folder, device, manifest, parts, around)
         try:
             for name in STAGES:
                 if name in recipe.stages:
                     _between(plan)
-                    _STAGES[name](plan, tracker)
+                    _STAGES[name](plan, tracker.spool)
         except stop.Stopped as reason:
             status.set(state="stopped", reason=str(reason))
             raise
         status.set(state="done")
-        if tracker is not None:
-            tracker.spool.state("FINISHED")
-
-
-class _NoTracker:
-    """Ranks other than 0, and folds that nobody tracks."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-
-def _tracker(folder: Path) -> Any:
-    """The tracker of this fold on rank 0: it ships to the run that run.json names, or only spools where there is none."""
-    if ranks.rank() != 0:
-        return _NoTracker()
-    spool = folder / "spool"
-    try:
-        run = json.loads((spool / "run.json").read_text())
-    except (OSError, json.JSONDecodeError):
-        run = {}
-    return Tracker(spool, run.get("uri", ""), run.get("run_id", ""))
 
 
 def _between(plan: FoldPlan) -> None:
@@ -94,24 +65,22 @@ def _train(plan: FoldPlan, name: str, folder: Path, key: str, make: Callable[[],
     train(make(), plan.around)
 
 
-def _visual(plan: FoldPlan, tracker: Any) -> None:
+def _visual(plan: FoldPlan, spool: Spool) -> None:
     _train(plan, "visual", plan.folder / "visual", plan.key("visual"), lambda: visual_stage(plan))
 
 
-def _audio(plan: FoldPlan, tracker: Any) -> None:
+def _audio(plan: FoldPlan, spool: Spool) -> None:
     _train(plan, "audio", plan.folder / "audio", plan.key("audio"), lambda: audio_stage(plan))
 
 
-def _features(plan: FoldPlan, tracker: Any) -> None:
+def _features(plan: FoldPlan, spool: Spool) -> None:
     for name in ("visual", "audio"):
         if finished(plan.folder / name, plan.key(name)) is None:
             raise UserError(f"the {name} stage of this recipe is not done in {plan.folder}", f"Run stages=[{name}] first.")
     extract(plan)
 
 
-def _fusion(plan: FoldPlan, tracker: Any) -> None:
-    from jmt_dist.train.fuse import fusion_folder
-
+def _fusion(plan: FoldPlan, spool: Spool) -> None:
     train_set, validation_set = stored_features(plan, "train"), stored_features(plan, "validation")
     for model, seed in plan.fusions():
         folder, key = fusion_folder(plan, model, seed), plan.fusion_key(model, seed)
@@ -122,18 +91,16 @@ def _fusion(plan: FoldPlan, tracker: Any) -> None:
         )  # fmt: skip
 
 
-def _evaluate(plan: FoldPlan, tracker: Any) -> None:
+def _evaluate(plan: FoldPlan, spool: Spool) -> None:
     plan.around.status(stage="evaluate", epoch=0, step=0, steps=1, score=None)
     metrics = evaluate(plan)
-    if ranks.rank() != 0:
-        return
-    plan.around.status(stage="evaluate", epoch=0, step=1, steps=1, score=metrics["average"])
-    if tracker is not None:
-        tracker.spool.metrics({target: metrics[target] for target in TARGETS}, 0)
-        tracker.spool.artifact(plan.folder / "metrics.json")
+    if metrics:
+        plan.around.status(stage="evaluate", epoch=0, step=1, steps=1, score=metrics["average"])
+        spool.metrics({target: metrics[target] for target in TARGETS}, 0)
+        spool.artifact(plan.folder / "metrics.json")
 
 
-_STAGES: dict[str, Callable[[FoldPlan, Any], None]] = {
+_STAGES: dict[str, Callable[[FoldPlan, Spool], None]] = {
     "visual": _visual,
     "audio": _audio,
     "features": _features,

@@ -8,6 +8,8 @@ _reason = ""
 class Stopped(Exception):  # noqa: N818 not an error: training was asked to stop and has saved its state
     """Training stopped at a request, after every rank had saved; the same job can go on later."""
 
+    tracking_state = "SCHEDULED"  # what MLflow is told of such a run
+
 
 def request(reason: str) -> None:
     """Ask the training loop to save and stop. Safe inside a signal handler: it only sets a variable."""
