@@ -15,11 +15,11 @@ DEMO ?= runs/demo
 FIXTURE ?=
 WORDS ?=
 
-.PHONY: demo test test-slow test-gpu bench lint format cluster-up cluster-down clean-demo
+.PHONY: demo test test-slow test-gpu lint format cluster-up cluster-down
 
 demo: $(READY)
 	@$(PY) shards/make_fixture.py out=$(DEMO)/affwild2 $(FIXTURE)
-	@$(PY) shards/pack_shards.py source=$(DEMO)/affwild2 out=$(DEMO)/shards
+	@$(PY) shards/pack_shards.py source=$(DEMO)/affwild2 out=$(DEMO)/shards samples_per_shard=32
 	@$(MAKE) --no-print-directory $(DEMO)/shards.verified
 	@$(PY) launch/submit_folds.py recipe=launch/recipes/demo.yaml site=slurm/sites/local.yaml out=$(DEMO) data.shards=$(DEMO)/shards $(WORDS)
 	@$(PY) launch/compare_runs.py out=$(DEMO) fixture=$(DEMO)/affwild2/fixture.json
@@ -33,15 +33,13 @@ test: $(READY)
 	$(PY) -m pytest -m "not kill and not slurm and not server and not browser and not gpu and not highmem" $(TESTS)
 	@echo "left out here: kill, slurm, server, browser (make test-slow), gpu (make test-gpu), highmem (make test-slow)"
 
+# servers and a browser come from the distribution's packages; a machine where they cannot be installed is told so, and fails
 test-slow: $(READY)
-	$(PY) tests/prepare_slow.py
-	$(PY) tests/run_slow.py $(TESTS)
+	tests/install_packages
+	$(PY) -m pytest -m "(kill or slurm or server or browser or highmem) and not gpu" $(TESTS)
 
 test-gpu: $(READY)
 	$(PY) -m pytest -m gpu $(TESTS)
-
-bench: $(READY)
-	$(PY) benchmarks/run_all.py
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

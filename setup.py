@@ -4,8 +4,13 @@ import os
 
 from setuptools import find_packages, setup
 
-# CUDA=12 selects DALI's wheel for older drivers; torch's wheel is chosen by the constraints file
-DALI = f"nvidia-dali-cuda{'120' if os.environ.get('CUDA') == '12' else '130'}>=2.0"
+# CUDA=12 (older drivers): DALI's wheel for it, and torch 2.10, the last whose default wheels are built for CUDA 12
+OLD = os.environ.get("CUDA") == "12"
+CUDA = (
+    ["torch>=2.10", "torchvision>=0.25", "nvidia-dali-cuda120>=2.0"]
+    if OLD
+    else ["torch>=2.11", "torchvision>=0.26", "nvidia-dali-cuda130>=2.0"]
+)
 
 setup(
     name="jmt-dist",
@@ -16,9 +21,7 @@ setup(
     packages=find_packages(include=["jmt_dist", "jmt_dist.*"]),
     package_data={"jmt_dist": ["py.typed"]},
     install_requires=[
-        "torch>=2.11",
-        "torchvision>=0.26",
-        DALI,
+        *CUDA,
         "deepspeed==0.19.8",
         "webdataset>=1.0",
         "submitit>=1.5.3",

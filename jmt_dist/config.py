@@ -182,7 +182,9 @@ class Recipe(Options):
 
     name: str = Field("paper", description="name of the experiment in MLflow and in tables", min_length=1)
     seed: Count = Field(0, description="seed of initialisation, order, augmentation and dropout")
-    stages: Annotated[list[Stage], Field(min_length=1)] = Field(["visual", "audio", "features", "fusion", "evaluate"], description="stages to run, in their fixed order")
+    stages: Annotated[list[Stage], Field(min_length=1)] = Field(
+        ["visual", "audio", "features", "fusion", "evaluate"], description="stages to run, in their fixed order"
+    )
     data: DataOptions = Field(DataOptions(), description="where samples come from")
     folds: FoldOptions = Field(FoldOptions(), description="how folds are made")
     engine: EngineOptions = Field(EngineOptions(), description="DeepSpeed engine")

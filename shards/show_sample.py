@@ -1,7 +1,7 @@
 """Show one sample of a shard folder: members, labels, and a contact sheet as PNG.
 
-    python shards/show_sample.py shards=shards-affwild2
-    python shards/show_sample.py shards=shards-affwild2 key=video59_right-0003-2 out=sheet.png
+python shards/show_sample.py shards=shards-affwild2
+python shards/show_sample.py shards=shards-affwild2 key=video59_right-0003-2 out=sheet.png
 """
 
 from __future__ import annotations

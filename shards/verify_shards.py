@@ -1,7 +1,7 @@
 """Verify a shard folder: tars, indexes, manifest, folds, and every sample in it. Exit code 1 on any defect.
 
-    python shards/verify_shards.py shards=shards-affwild2 workers=16
-    python shards/verify_shards.py shards=shards-affwild2 against=/data/affwild2     also compares with the source files
+python shards/verify_shards.py shards=shards-affwild2 workers=16
+python shards/verify_shards.py shards=shards-affwild2 against=/data/affwild2     also compares with the source files
 """
 
 from __future__ import annotations

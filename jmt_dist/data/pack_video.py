@@ -1,10 +1,10 @@
 """Packing, pass 1: what is needed of one video, decoded once and laid down for the shards to slice (DESIGN section 6).
 
-    <work>/videos/<video>/pcm.npy           int16 [samples] mono at 44.1 kHz, mapped by pass 2
-                          times.npy         float64 [frames] timestamps in seconds
-                          <unit>.va.npy     float32 [N, 2]
-                          <unit>.crops.npy  uint8 [N]: 0 = no crop, k = in the unit's k-th crop folder
-                          video.json        the result; with it the folder appears, by one rename
+<work>/videos/<video>/pcm.npy           int16 [samples] mono at 44.1 kHz, mapped by pass 2
+                      times.npy         float64 [frames] timestamps in seconds
+                      <unit>.va.npy     float32 [N, 2]
+                      <unit>.crops.npy  uint8 [N]: 0 = no crop, k = in the unit's k-th crop folder
+                      video.json        the result; with it the folder appears, by one rename
 """
 
 from __future__ import annotations

@@ -42,7 +42,9 @@ def _frames(strips: Any, *, train: bool, q: Any, seed: int, crop: int, flip: boo
     """DALI node: a strip's bytes to normalised frames [64 or 71, size, size, 3]; one draw holds for all frames of a sample."""
     from nvidia.dali import fn, types
 
-    extra = {"hw_decoder_load": load, "preallocate_width_hint": SIZE, "preallocate_height_hint": SIZE * STRIP} if device == "mixed" else {}
+    extra: dict[str, Any] = (
+        {"hw_decoder_load": load, "preallocate_width_hint": SIZE, "preallocate_height_hint": SIZE * STRIP} if device == "mixed" else {}
+    )
     frames = fn.decoders.image(strips, device=device, output_type=types.RGB, **extra)
     frames = fn.reshape(frames, shape=[STRIP, SIZE, SIZE, 3], layout="FHWC")
     x = y = 0.5
@@ -67,20 +69,20 @@ def _frames(strips: Any, *, train: bool, q: Any, seed: int, crop: int, flip: boo
 
 
 def _graph(
-    shards: ShardSet, *, train: bool, streams: Sequence[str], offsets: Sequence[int], rank: int, world: int, seed: int,
+    shards: ShardSet, *, train: bool, streams: Sequence[str], offsets: Sequence[int], rank: int, world: int, draw: int,
     size: int, crop: int, flip: bool, device: str, data: DataOptions,
 ) -> Any:  # fmt: skip
     """The outputs of the pipeline, in the order of `_names`."""
     from nvidia.dali import fn, types
 
-    shuffle = {"random_shuffle": True, "shuffle_after_epoch": True, "shuffle_after_epoch_seed": seed} if train else {}
-    strips, audio, ends, va, ident = fn.readers.webdataset(
+    shuffle: dict[str, Any] = {"random_shuffle": True, "shuffle_after_epoch": True, "shuffle_after_epoch_seed": draw} if train else {}
+    members: Any = fn.readers.webdataset(
         paths=[str(path) for path in shards.tars],
         index_paths=[str(path) for path in shards.indexes],
         ext=["strip.jpg", "audio.wav;audio.flac", "ends.i32", "va.f32", "id.i32"],
         dtypes=[types.UINT8, types.UINT8, types.INT32, types.FLOAT, types.INT32],
         name="reader",
-        seed=seed,  # equal on all ranks: the ranks divide one common order
+        seed=draw,  # equal on all ranks: the ranks divide one common order
         shard_id=rank,
         num_shards=world,
         pad_last_batch=True,  # without it samples are lost and repeated from the second epoch on (measured)
@@ -89,8 +91,9 @@ def _graph(
         dont_use_mmap=not data.mmap,
         **shuffle,
     )
+    strips, audio, ends, va, ident = members
     va = fn.reshape(va, shape=[SUBSEQUENCE, 2])  # raw members arrive flat
-    own = seed + 1000 * (rank + 1)  # a seed of its own for each random op and rank: switching one off moves no other
+    own = draw + 1000 * (rank + 1)  # a seed of its own for each random op and rank: switching one off moves no other
     outputs = [ident]
     q: Any = None
     if train:
@@ -164,7 +167,7 @@ class ClipLoader:
         self.train, self.streams, self.offsets = offsets is None, tuple(streams), tuple(offsets or ())
         self.device = device or torch.device("cpu")
         self._options: dict[str, Any] = {
-            "seed": seed, "size": size, "crop": crop, "flip": flip, "data": data,
+            "draw": seed, "size": size, "crop": crop, "flip": flip, "data": data,
             "device": "mixed" if self.device.type == "cuda" else "cpu",
         }  # fmt: skip
         self._restored: bytes | None = None

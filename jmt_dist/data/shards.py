@@ -1,11 +1,11 @@
 """A shard folder as its readers see it: the manifest, and a fold as index files over the same tars.
 
-    <shards>/00000.tar 00000.idx …                       all samples, in a global random order
-    <shards>/manifest.json                               release, options, geometry, units, size and sha256 of every shard
-    <shards>/folds/<policy>-<seed>/folds.json            which unit is where
-    <shards>/folds/<policy>-<seed>/<fold>/<part>/*.idx   the samples of one part (train, validation); tars without any are left out
-    <shards>/folds/<policy>-<seed>/test/*.idx            the test units, the same for every fold
-    <shards>/pack-report.json, pack-report.txt           what was met and what was left out
+<shards>/00000.tar 00000.idx …                       all samples, in a global random order
+<shards>/manifest.json                               release, options, geometry, units, size and sha256 of every shard
+<shards>/folds/<policy>-<seed>/folds.json            which unit is where
+<shards>/folds/<policy>-<seed>/<fold>/<part>/*.idx   the samples of one part (train, validation); tars without any are left out
+<shards>/folds/<policy>-<seed>/test/*.idx            the test units, the same for every fold
+<shards>/pack-report.json, pack-report.txt           what was met and what was left out
 """
 
 from __future__ import annotations

@@ -215,5 +215,3 @@ def _check_strip(sample: Sample, unit: PackedUnit, m: int, p: int) -> Iterator[s
     for k in np.flatnonzero(sample.present == 0):
         if inner[k].any():
             yield f"strip frame {k} is marked absent but not black"
-
-

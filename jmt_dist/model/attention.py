@@ -105,9 +105,7 @@ class Attention(nn.Module):
 class EncoderLayer(nn.Module):
     """Self-attention and a feed-forward network, each with a residual and a layer norm behind it (post-norm)."""
 
-    def __init__(
-        self, style: AttentionStyle, *, width: int = WIDTH, heads: int = 1, feedforward: int = 512, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, style: AttentionStyle, *, width: int = WIDTH, heads: int = 1, feedforward: int = 512, dropout: float = 0.0) -> None:
         super().__init__()
         self.attention = Attention(style, width, heads)
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)

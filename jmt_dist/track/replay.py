@@ -76,9 +76,7 @@ def unsent(folder: Path, run_id: str) -> int:
     offset = _read_offset(folder, run_id)
     start = min(offset.position, offset.artifacts)
     return sum(
-        end > (offset.artifacts if "a" in record else offset.position)
-        for end, record in read_records(folder, start)
-        if record is not None
+        end > (offset.artifacts if "a" in record else offset.position) for end, record in read_records(folder, start) if record is not None
     )
 
 

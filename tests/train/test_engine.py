@@ -116,7 +116,9 @@ def test_division_of_a_batch(batch_size: int, world: int, accumulation: int, wan
     assert micro_batch("visual", batch_size, world, accumulation) == wanted
 
 
-@pytest.mark.parametrize(("batch_size", "world", "accumulation", "words"), [(8, 3, 1, "2 ranks"), (2, 8, 1, "2 ranks"), (7, 6, 1, "1 rank")])
+@pytest.mark.parametrize(
+    ("batch_size", "world", "accumulation", "words"), [(8, 3, 1, "2 ranks"), (2, 8, 1, "2 ranks"), (7, 6, 1, "1 rank")]
+)
 def test_an_indivisible_batch_names_the_largest_number_of_ranks(batch_size: int, world: int, accumulation: int, words: str) -> None:
     with pytest.raises(UserError, match=words):
         micro_batch("visual", batch_size, world, accumulation)
