@@ -186,7 +186,8 @@ def _origin(layers: Sequence[Layer], path: Sequence[Any]) -> str:
 
 
 def _explain(error: ValidationError, layers: Sequence[Layer], model: type[BaseModel], prefix: str) -> UsageError:
-    first = error.errors()[0]
+    # a misspelt required key is both unknown and missing: the unknown one has the better remedy
+    first = min(error.errors(), key=lambda found: found["type"] == "missing")
     path = [part for part in first["loc"]]
     key = prefix + ".".join(str(part) for part in path)
     origin = _origin(layers, path)

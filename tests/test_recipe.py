@@ -342,3 +342,8 @@ def test_options_are_frozen() -> None:
 
 def test_layer_of_a_word() -> None:
     assert word_layer("visual.optimizer.lr=3e-4") == Layer("word `visual.optimizer.lr=3e-4`", {"visual": {"optimizer": {"lr": 3e-4}}})
+
+
+def test_a_misspelt_required_key_is_named_as_unknown() -> None:
+    with pytest.raises(UsageError, match=r"unknown key `sorce`.*`source`"):
+        build(PackOptions, [word_layer("sorce=x"), word_layer("out=y")])

@@ -110,7 +110,11 @@ def find_dataset(root: Path) -> Dataset:
             split, path = "test", None
         video = video_of(name, media)
         crops = tuple(folder / name for folder in found.crops if (folder / name).is_dir())
-        rows = test[name] if path is None else count_rows(path)
+        try:
+            rows = test[name] if path is None else count_rows(path)
+        except UserError as error:  # costs this unit, not the dataset: packing reads the file again and names the unit
+            problems.append(Problem(name, error.sentence))
+            rows = 0
         if path is not None and not rows:
             problems.append(Problem(name, f"has no label rows in {_short(root, path)}"))
         units.append(Unit(name, video, split, path, crops, media.get(video), rows))

@@ -285,6 +285,16 @@ def test_an_empty_label_file_is_noted(tmp_path: Path) -> None:
     assert [unit for unit, _ in sentences(dataset) if unit] == ["a"]
 
 
+def test_a_label_file_that_is_no_text_costs_one_unit(tmp_path: Path) -> None:
+    folder = tmp_path / "annotations" / "VA_Estimation_Challenge" / "Train_Set"
+    folder.mkdir(parents=True)
+    (folder / "good.txt").write_text("valence,arousal\n0.1,0.2\n")
+    (folder / "broken.txt").write_bytes(b"\x00\xff\xfe\x00" * 50)
+    found = find_dataset(tmp_path)
+    assert {unit.name: unit.rows for unit in found.units} == {"broken": 0, "good": 1}
+    assert any(problem.unit == "broken" for problem in found.problems)
+
+
 def test_missing_media_and_crops_are_one_note_each(tmp_path: Path) -> None:
     for unit in "abc":
         labels(tmp_path / TRAIN / f"{unit}.txt")
