@@ -14,6 +14,8 @@ export MLFLOW_DISABLE_TELEMETRY := true
 DEMO ?= runs/demo
 FIXTURE ?=
 WORDS ?=
+# bf16 autocast only where the processor has instructions for it: elsewhere it is far slower than fp32
+PRECISION ?= $(shell grep -qE 'amx_bf16|avx512_bf16' /proc/cpuinfo 2>/dev/null && echo autocast || echo fp32)
 
 .PHONY: demo test test-slow test-gpu lint format cluster-up cluster-down
 
@@ -21,7 +23,7 @@ demo: $(READY)
 	@$(PY) shards/make_fixture.py out=$(DEMO)/affwild2 $(FIXTURE)
 	@$(PY) shards/pack_shards.py source=$(DEMO)/affwild2 out=$(DEMO)/shards samples_per_shard=32
 	@$(MAKE) --no-print-directory $(DEMO)/shards.verified
-	@$(PY) launch/submit_folds.py recipe=launch/recipes/demo.yaml site=slurm/sites/local.yaml out=$(DEMO) data.shards=$(DEMO)/shards $(WORDS)
+	@$(PY) launch/submit_folds.py recipe=launch/recipes/demo.yaml site=slurm/sites/local.yaml out=$(DEMO) compare=false data.shards=$(DEMO)/shards engine.precision=$(PRECISION) $(WORDS)
 	@$(PY) launch/compare_runs.py out=$(DEMO) fixture=$(DEMO)/affwild2/fixture.json
 
 # a tar that was verified and has not been written since need not be read again

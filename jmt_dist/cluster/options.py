@@ -15,6 +15,7 @@ class SubmitOptions(Options):
     out: str = Field("", description="run folder; empty: runs/<name of the recipe>")
     folds: list[str] = Field([], description="folds to run; empty: all that the shards hold")
     dry: bool = Field(False, description="check everything and print what would be submitted, then stop")
+    compare: bool = Field(True, description="once the folds have ended, write and print Table 1 (SLURM: a job of its own)")
 
 
 class RunFoldOptions(Options):

@@ -23,7 +23,7 @@ class Plan:
     """One submission.
 
     `folds` are all it is about, `todo` those that are not done; `work` is the hash of what a fold computes (recipe and
-    manifest); `submission` names it (UTC time); `function` and `compare` are dotted names `module:function`; `share` are run
+    manifest); `submission` names it (UTC time); `function` and `compare` (or none) are dotted names `module:function`; `share` are run
     folders whose finished stages may be linked, `after` a SLURM array to wait for.
     """
 

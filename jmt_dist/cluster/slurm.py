@@ -39,11 +39,11 @@ def scripts(plan: Plan) -> list[tuple[str, str]]:
     if len(plan.todo) > 1:  # submitit submits a single job without --array
         parameters["map_count"] = len(plan.todo)
     array = _make_sbatch_string(command=command, folder=plan.jobs, **parameters)
-    after = _compare_parameters(plan, "<array>")
-    return [
-        (f"folds {', '.join(plan.todo)}", array),
-        ("comparison", _make_sbatch_string(command=command, folder=plan.jobs / "compare", **after)),
-    ]
+    found = [(f"folds {', '.join(plan.todo)}", array)]
+    if plan.compare:
+        after = _compare_parameters(plan, "<array>")
+        found.append(("comparison", _make_sbatch_string(command=command, folder=plan.jobs / "compare", **after)))
+    return found
 
 
 def submit_array(plan: Plan) -> str:
@@ -52,7 +52,7 @@ def submit_array(plan: Plan) -> str:
     from submitit.core.utils import FailedJobError, FailedSubmissionError
     from submitit.helpers import clean_env
 
-    from jmt_dist.cluster.job import CompareJob, FoldJob
+    from jmt_dist.cluster.job import FoldJob
 
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
         raise UserError("sbatch and srun are not on this machine", "Submit from a login node, or use site=slurm/sites/local.yaml.")
@@ -70,14 +70,22 @@ def submit_array(plan: Plan) -> str:
             for fold in plan.todo:
                 status.update_status(plan.out, fold, state="waiting", reason="")
             _write_jobs(plan, array, [job.job_id for job in jobs])
-            after = SlurmExecutor(plan.jobs / "compare")
-            after.update_parameters(**_compare_parameters(plan, array))
-            compare = after.submit(CompareJob(plan)).job_id
+            compare = _submit_comparison(plan, array) if plan.compare else ""
     except (FailedJobError, FailedSubmissionError) as error:
         words = " ".join(str(error).split())
         raise UserError(f"SLURM refused the job: {words}", "See the site file, and what check_site.py says of it.") from None
     _write_jobs(plan, array, [job.job_id for job in jobs], compare)
     return array
+
+
+def _submit_comparison(plan: Plan, array: str) -> str:
+    from submitit import SlurmExecutor
+
+    from jmt_dist.cluster.job import CompareJob
+
+    executor = SlurmExecutor(plan.jobs / "compare")
+    executor.update_parameters(**_compare_parameters(plan, array))
+    return str(executor.submit(CompareJob(plan)).job_id)
 
 
 def _compare_parameters(plan: Plan, array: str) -> dict[str, Any]:

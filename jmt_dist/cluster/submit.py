@@ -35,11 +35,11 @@ def submit(
     known beforehand.
     """
     os.umask(0o077)
-    work = replace(make_plan(options, recipe, place, function, compare), share=share, after=_array_of(share))
+    work = replace(make_plan(options, recipe, place, function, compare if options.compare else ""), share=share, after=_array_of(share))
     _announce(work)
     if options.dry:
         return _dry(work)
-    if not work.todo and (work.out / "table1.csv").is_file():
+    if not work.todo and (not work.compare or (work.out / "table1.csv").is_file()):
         print(f"nothing to do: all {len(work.folds)} folds are done")
         print(work.out)
         return OK
@@ -156,7 +156,7 @@ def _dispatch(work: Plan) -> int:
         from jmt_dist.cluster.slurm import submit_array
 
         array = submit_array(work)
-        print(f"submitted array {array}: {len(work.todo)} fold job(s), and a comparison after them")
+        print(f"submitted array {array}: {len(work.todo)} fold job(s){', and a comparison after them' if work.compare else ''}")
         print(f"see: python launch/show_status.py out={work.out}")
         return OK
     states: dict[str, str] = {}
@@ -169,7 +169,7 @@ def _dispatch(work: Plan) -> int:
 
 def _finish(work: Plan, states: dict[str, str]) -> int:
     failed = [fold for fold in work.todo if states.get(fold) != "done"]
-    if len(failed) < len(work.folds):
+    if work.compare and len(failed) < len(work.folds):
         plans.resolve(work.compare)(work.out)
     entries = {job["fold"]: job for job in status.read_json(work.out / "jobs.json").get("jobs", [])}
     for fold in failed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -50,6 +51,7 @@ class Comparison:
     tables: list[Table] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
     omissions: list[str] = field(default_factory=list)
+    hints: list[str] = field(default_factory=list)  # how to see more
 
 
 def compare_run(out: Path, fixture: Path | None = None) -> Comparison:
@@ -73,7 +75,18 @@ def compare_run(out: Path, fixture: Path | None = None) -> Comparison:
     problem = _log(run, result.files)
     if problem:
         result.omissions.append(problem)
+    result.hints += _ways_to_see(out)
     return result
+
+
+def _ways_to_see(out: Path) -> list[str]:
+    parent = ParentRun.load(out)
+    if parent is None:
+        return []
+    if not parent.uri.startswith("sqlite:"):
+        return [f"learning curves: {parent.uri}"]
+    mlflow = Path(sys.executable).with_name("mlflow")
+    return [f"learning curves: {mlflow if mlflow.is_file() else 'mlflow'} ui --backend-store-uri {parent.uri}"]
 
 
 def compare_runs(folders: Sequence[Path], out: Path) -> Comparison:
@@ -112,6 +125,8 @@ def show(result: Comparison) -> None:
         print(f"missing: {line}")
     for path in result.files:
         print(path)
+    for line in result.hints:
+        print(line)
 
 
 def run_folders(folder: Path) -> list[Path]:
