@@ -22,7 +22,7 @@ PRECISION ?= $(shell grep -qE 'amx_bf16|avx512_bf16' /proc/cpuinfo 2>/dev/null &
 demo: $(READY)
 	@$(PY) shards/make_fixture.py out=$(DEMO)/affwild2 $(FIXTURE)
 	@$(PY) shards/pack_shards.py source=$(DEMO)/affwild2 out=$(DEMO)/shards samples_per_shard=32
-	@$(MAKE) --no-print-directory $(DEMO)/shards.verified
+	@$(MAKE) --silent --no-print-directory $(DEMO)/shards.verified
 	@$(PY) launch/submit_folds.py recipe=launch/recipes/demo.yaml site=slurm/sites/local.yaml out=$(DEMO) compare=false data.shards=$(DEMO)/shards engine.precision=$(PRECISION) $(WORDS)
 	@$(PY) launch/compare_runs.py out=$(DEMO) fixture=$(DEMO)/affwild2/fixture.json
 

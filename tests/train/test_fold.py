@@ -1,0 +1,60 @@
+"""A whole fold, from shards to metrics, on real processes: one and two ranks, fp32 and bf16 autocast."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jmt_dist.config import PackOptions
+from jmt_dist.data.pack import pack
+from jmt_dist.evaluate.predict import read_predictions
+from tests.data.tree import labels, write_unit
+from tests.ranks import run_ranks
+
+RECIPE = Path(__file__).parents[2] / "launch" / "recipes" / "demo.yaml"
+ROWS = 70  # a segment and a bit: every unit has two samples per phase, the second mostly padding
+
+
+def fold(rank: int, folder: Path, precision: str) -> None:
+    from jmt_dist.recipe import load_recipe, load_site
+    from jmt_dist.train.fold import run_fold
+
+    words = [f"data.shards={folder}/shards", f"engine.precision={precision}", "engine.zero=1", "visual.size=16", "evaluate.bootstrap=20"]
+    words += ["visual.batch=2", "audio.batch=2", "features.batch=3", "fusion.batch=4", "fusion.seeds=[0]", "fusion.baselines=[visual]"]
+    words += ["visual.max_steps=2", "audio.max_steps=2", "fusion.max_epochs=1", "evaluate.offsets=[1]", "features.offsets=[1]"]
+    words += ["fusion.validation_offsets=[1]", "fusion.offsets_per_epoch=1"]
+    run_fold(load_recipe(RECIPE, words), load_site(None), "official", folder / "out")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fold")
+    for k in range(7):
+        write_unit(folder / "tree", f"u{k}", ROWS, k, "Train_Set" if k < 5 else "Validation_Set")
+    pack(PackOptions(source=str(folder / "tree"), out=str(folder / "shards"), workers=1), say=lambda line: None)
+    return folder
+
+
+@pytest.mark.parametrize(("world", "precision"), [(2, "fp32"), (1, "autocast")])
+def test_a_fold_runs_from_shards_to_metrics_and_is_not_repeated(place: Path, tmp_path: Path, world: int, precision: str) -> None:
+    (tmp_path / "shards").symlink_to(place / "shards")
+    run_ranks(world, fold, tmp_path, precision)
+    official = tmp_path / "out" / "official"
+    metrics = json.loads((official / "metrics.json").read_text())
+    assert metrics["frames"] == 2 * ROWS and metrics["units"] == 2 and set(metrics["baselines"]) == {"visual"}
+    assert all(math.isfinite(metrics[target]) for target in ("valence", "arousal", "average"))
+    rows = read_predictions(official / "evaluate" / "jmt-seed0" / "predictions.parquet")
+    assert set(rows) == {"u5", "u6"}
+    for k in (5, 6):
+        found = rows[f"u{k}"]
+        assert found.predictions.shape == (ROWS, 2) and np.isfinite(found.predictions).all()
+        np.testing.assert_array_equal(found.labels, labels(ROWS, k))  # every frame has the label of its own row
+    assert json.loads((official / "status.json").read_text())["state"] == "done"
+    before = {path: path.stat().st_mtime_ns for path in official.rglob("*") if path.name in ("best.safetensors", "metrics.json", "done.json")}
+    assert len(before) == 4 + 1 + 6
+    run_ranks(world, fold, tmp_path, precision)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
