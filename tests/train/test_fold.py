@@ -54,7 +54,9 @@ def test_a_fold_runs_from_shards_to_metrics_and_is_not_repeated(place: Path, tmp
         assert found.predictions.shape == (ROWS, 2) and np.isfinite(found.predictions).all()
         np.testing.assert_array_equal(found.labels, labels(ROWS, k))  # every frame has the label of its own row
     assert json.loads((official / "status.json").read_text())["state"] == "done"
-    before = {path: path.stat().st_mtime_ns for path in official.rglob("*") if path.name in ("best.safetensors", "metrics.json", "done.json")}
+    before = {
+        path: path.stat().st_mtime_ns for path in official.rglob("*") if path.name in ("best.safetensors", "metrics.json", "done.json")
+    }
     assert len(before) == 4 + 1 + 6
     run_ranks(world, fold, tmp_path, precision)
     assert {path: path.stat().st_mtime_ns for path in before} == before
