@@ -32,8 +32,8 @@ $(DEMO)/shards.verified: $(DEMO)/shards/manifest.json
 	@touch $@
 
 test: $(READY)
+	@echo "left out here: kill, slurm, server, browser, highmem (make test-slow) and gpu (make test-gpu)"
 	$(PY) -m pytest -m "not kill and not slurm and not server and not browser and not gpu and not highmem" $(TESTS)
-	@echo "left out here: kill, slurm, server, browser (make test-slow), gpu (make test-gpu), highmem (make test-slow)"
 
 # servers and a browser come from the distribution's packages; a machine where they cannot be installed is told so, and fails
 test-slow: $(READY)

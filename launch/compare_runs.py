@@ -5,8 +5,8 @@
     python launch/compare_runs.py out=runs/grid                                  a sweep's folder: its runs side by side
     python launch/compare_runs.py 'runs=[runs/paper, runs/reference]' out=runs/both
 
-Prints the tables; writes table1.csv (or comparison.csv), the same as Markdown, and report.html, which needs no other file;
-stores them in the experiment's MLflow run. Folds without a result are listed, and the exit code is then 3.
+Prints the tables; writes table1.csv (or comparison.csv), the same as Markdown, and report.html, which needs no other file.
+The tables of one experiment are also stored in its MLflow run. Folds without a result are listed, and the exit code is then 3.
 """
 
 from __future__ import annotations

@@ -211,7 +211,7 @@ def systems_table(row: FoldResult, ceilings: Mapping[str, Score] | None = None) 
     bold = _best_cells([score.values() for _, score in systems], 1)
     for name, score in (ceilings or {}).items():
         cells.append((f"ceiling: {name}", *(f"{value:.3f}" for value in score.values()), ""))
-    note = "A ceiling is the CCC of the best possible estimate from that modality's noisy cues." if ceilings else ""
+    note = "A ceiling is the CCC of the best possible estimate from that modality's noisy cues, on the same units." if ceilings else ""
     return Table(f"Systems on fold {row.fold}", ("system", *TARGETS, "± over seeds"), tuple(cells), bold, note)
 
 
