@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -30,10 +31,42 @@ def describe(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 def usage(doc: str, models: Sequence[tuple[str, str, type[BaseModel]]]) -> str:
     """The text of `--help`: the program's docstring, then the keys of each (title, prefix, model)."""
-    parts = [doc.strip(), "", "Words are key=value; exit code 0: done, 1: failed, 2: wrong usage, 3: done with omissions."]
+    places = "".join(f" <{name}>" for name in required(models))
+    words = f"Words are key=value or --key value{f', or the required ones in their order:{places}' if places else ''}"
+    parts = [doc.strip(), "", f"{words}; exit code 0: done, 1: failed, 2: wrong usage, 3: done with omissions."]
     for title, prefix, model in models:
         parts += ["", f"{title}:", *describe(model, prefix)]
     return "\n".join(parts)
+
+
+def required(models: Sequence[tuple[str, str, type[BaseModel]]]) -> list[str]:
+    """Keys of a program's own options that have no default: what bare words stand for, in this order."""
+    return [name for name, field in models[0][2].model_fields.items() if field.is_required()] if models else []
+
+
+def as_pairs(words: Sequence[str], names: Sequence[str]) -> list[str]:
+    """`--key value` and `--key=value` as `key=value`; the n-th bare word as the value of the n-th of `names` not given by its key.
+
+    A `--key` with no value after it is `key=true`. Words that fit nowhere stay as they are, for `recipe.parse_word` to refuse.
+    """
+    pairs: list[str] = []
+    bare: list[int] = []
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        if re.match(r"--[A-Za-z_]", word):
+            key, equals, value = word[2:].partition("=")
+            if not equals:
+                value = left.pop(0) if left and not left[0].startswith("--") else "true"
+            pairs.append(f"{key}={value}")
+            continue
+        if "=" not in word and not word.startswith("-"):
+            bare.append(len(pairs))
+        pairs.append(word)
+    given = {pair.partition("=")[0] for place, pair in enumerate(pairs) if place not in bare}
+    for place, name in zip(bare, [name for name in names if name not in given], strict=False):
+        pairs[place] = f"{name}={pairs[place]}"
+    return pairs
 
 
 def run(
@@ -42,14 +75,14 @@ def run(
     models: Sequence[tuple[str, str, type[BaseModel]]],
     argv: Sequence[str] | None = None,
 ) -> NoReturn:
-    """Call `main(words)` and exit: errors a user can cause become one line on stderr, never a traceback."""
+    """Call `main(words)`, all of them key=value, and exit: errors a user can cause become one line on stderr, never a traceback."""
     words = list(sys.argv[1:] if argv is None else argv)
     if any(word in ("-h", "--help", "help") for word in words):
         print(usage(doc, models))
         sys.exit(OK)
     code: int | None
     try:
-        code = main(words)
+        code = main(as_pairs(words, required(models)))
         sys.stdout.flush()
     except UserError as error:
         print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(error).split())}", file=sys.stderr)
@@ -63,4 +96,4 @@ def run(
     sys.exit(OK if code is None else code)
 
 
-__all__ = ["FAILED", "OK", "OMISSIONS", "USAGE", "describe", "field_names", "run", "usage"]
+__all__ = ["FAILED", "OK", "OMISSIONS", "USAGE", "as_pairs", "describe", "field_names", "run", "usage"]
