@@ -51,7 +51,7 @@ def test_a_fold_runs_from_shards_to_metrics_and_is_not_repeated(place: Path, tmp
     assert set(rows) == {"u5", "u6"}
     for k in (5, 6):
         found = rows[f"u{k}"]
-        assert found.predictions.shape == (ROWS, 2) and np.isfinite(found.predictions).all()
+        assert found.va.shape == (ROWS, 2) and np.isfinite(found.va).all()
         np.testing.assert_array_equal(found.labels, labels(ROWS, k))  # every frame has the label of its own row
     assert json.loads((official / "status.json").read_text())["state"] == "done"
     before = {
