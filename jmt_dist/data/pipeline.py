@@ -1,128 +1,26 @@
-"""Shards to clips and spectrograms: one DALI graph for CPU and GPU, training and dense (DESIGN section 7)."""
+"""Shards to batches: one loader for training and dense prediction, on any number of ranks (DESIGN section 7)."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from jmt_dist.config import DataOptions
-from jmt_dist.data.geometry import CLIP_FRAMES, CLIPS, OFFSETS, RATE, SIZE, STRIP, SUBSEQUENCE, WINDOW
+from jmt_dist.data.geometry import CLIP_FRAMES, CLIPS, OFFSETS, SIZE, SUBSEQUENCE
+from jmt_dist.data.graph import graph, names
+from jmt_dist.data.redivide import consumed, write_rest
 from jmt_dist.data.shards import ShardSet
 from jmt_dist.errors import UserError
 
-# Kinetics-400 statistics that torchvision's R(2+1)D weights were trained with, on the 0..255 scale
-MEAN = [255 * value for value in (0.43216, 0.394666, 0.37645)]
-STD = [255 * value for value in (0.22803, 0.22145, 0.216989)]
-# the log-mel definition of DESIGN section 7; the last two are the field's usual mean and deviation in dB
-N_FFT, HANN, HOP, MELS, TOP_DB, MEL_MEAN, MEL_STD = 1024, 882, 441, 64, 80.0, -14.8, 19.895
-
 Batch = dict[str, Tensor]
-
-
-def log_mel(wave: Any) -> Any:
-    """DALI node: one clip's samples [47040] to its normalised log-mel spectrogram [64, 107]."""
-    from nvidia.dali import fn, types
-    from nvidia.dali import math as dali_math
-
-    # DALI's own default window is symmetric; the periodic one agrees with torchaudio and librosa (measured: 3e-4 dB)
-    window = torch.hann_window(HANN, periodic=True, dtype=torch.float64).tolist()
-    power = fn.spectrogram(wave, nfft=N_FFT, window_length=HANN, window_step=HOP, window_fn=window, power=2)
-    mel = fn.mel_filter_bank(power, sample_rate=float(RATE), nfilter=MELS, mel_formula="htk", normalize=False)
-    db = fn.to_decibels(mel, multiplier=10.0, reference=1.0, cutoff_db=-100.0)
-    db = dali_math.max(db, fn.reductions.max(db) - TOP_DB)  # per clip, as the authors' code; cutoff_db alone is absolute
-    return (fn.cast(db, dtype=types.FLOAT) - MEL_MEAN) / MEL_STD
-
-
-def _frames(strips: Any, *, train: bool, q: Any, seed: int, crop: int, flip: bool, size: int, device: str, load: float) -> Any:
-    """DALI node: a strip's bytes to normalised frames [64 or 71, size, size, 3]; one draw holds for all frames of a sample."""
-    from nvidia.dali import fn, types
-
-    extra: dict[str, Any] = (
-        {"hw_decoder_load": load, "preallocate_width_hint": SIZE, "preallocate_height_hint": SIZE * STRIP} if device == "mixed" else {}
-    )
-    frames = fn.decoders.image(strips, device=device, output_type=types.RGB, **extra)
-    frames = fn.reshape(frames, shape=[STRIP, SIZE, SIZE, 3], layout="FHWC")
-    x = y = 0.5
-    mirror: Any = 0
-    side = crop if train else SIZE
-    if train:
-        frames = fn.slice(frames, q, SUBSEQUENCE, axes=[0])
-        x, y = fn.random.uniform(range=[0.0, 1.0], seed=seed + 3), fn.random.uniform(range=[0.0, 1.0], seed=seed + 4)
-        mirror = fn.random.coin_flip(probability=0.5 if flip else 0.0, dtype=types.INT32, seed=seed + 2)
-    frames = fn.crop_mirror_normalize(
-        frames,
-        crop=(side, side),
-        crop_pos_x=x,
-        crop_pos_y=y,
-        mirror=mirror,
-        mean=MEAN,
-        std=STD,
-        dtype=types.FLOAT,
-        output_layout="FHWC",
-    )
-    return frames if side == size else fn.resize(frames, size=[size, size])
-
-
-def _graph(
-    shards: ShardSet, *, train: bool, streams: Sequence[str], offsets: Sequence[int], rank: int, world: int, draw: int,
-    size: int, crop: int, flip: bool, device: str, data: DataOptions,
-) -> Any:  # fmt: skip
-    """The outputs of the pipeline, in the order of `_names`."""
-    from nvidia.dali import fn, types
-
-    shuffle: dict[str, Any] = {"random_shuffle": True, "shuffle_after_epoch": True, "shuffle_after_epoch_seed": draw} if train else {}
-    members: Any = fn.readers.webdataset(
-        paths=[str(path) for path in shards.tars],
-        index_paths=[str(path) for path in shards.indexes],
-        ext=["strip.jpg", "audio.wav;audio.flac", "ends.i32", "va.f32", "id.i32"],
-        dtypes=[types.UINT8, types.UINT8, types.INT32, types.FLOAT, types.INT32],
-        name="reader",
-        seed=draw,  # equal on all ranks: the ranks divide one common order
-        shard_id=rank,
-        num_shards=world,
-        pad_last_batch=True,  # without it samples are lost and repeated from the second epoch on (measured)
-        missing_component_behavior="error",
-        initial_fill=data.shuffle_buffer,
-        dont_use_mmap=not data.mmap,
-        **shuffle,
-    )
-    strips, audio, ends, va, ident = members
-    va = fn.reshape(va, shape=[SUBSEQUENCE, 2])  # raw members arrive flat
-    own = draw + 1000 * (rank + 1)  # a seed of its own for each random op and rank: switching one off moves no other
-    outputs = [ident]
-    q: Any = None
-    if train:
-        q = fn.random.uniform(values=list(range(OFFSETS)), dtype=types.INT32, seed=own + 1)
-        numbers = [q + OFFSETS * j for j in range(CLIPS)]  # n of ends[n]: the 8 clip ends of subsequence q
-        va = fn.stack(*[fn.reshape(fn.slice(va, n, 1, axes=[0]), shape=[2]) for n in numbers])
-        outputs += [va, q]
-    else:
-        numbers = [offset + OFFSETS * j for offset in offsets for j in range(CLIPS)]
-        outputs += [va]
-    if "visual" in streams:
-        outputs.append(
-            _frames(strips, train=train, q=q, seed=own, crop=crop, flip=flip, size=size, device=device, load=data.hw_decoder_load)
-        )
-    if "audio" in streams:
-        pcm, _ = fn.decoders.audio(audio, dtype=types.FLOAT, downmix=True)
-        pcm = pcm.gpu() if device == "mixed" else pcm
-
-        def window(n: Any) -> Any:
-            end = fn.reshape(fn.slice(ends, n, 1, axes=[0]), shape=[])
-            return fn.slice(pcm, end - WINDOW, WINDOW, axes=[0])
-
-        outputs.append(fn.stack(*[log_mel(window(n)) for n in numbers]))
-    return tuple(outputs)
-
-
-def _names(train: bool, streams: Sequence[str]) -> list[str]:
-    names = ["id", "va", "q"] if train else ["id", "va"]
-    return names + ["frames"] * ("visual" in streams) + ["mel"] * ("audio" in streams)
+SAME_JOB = {"world": "ranks", "rank": "rank", "batch": "batch", "manifest_hash": "shards", "index_hash": "fold"}
 
 
 def clips(frames: Tensor, offset: int = 0) -> Tensor:
@@ -167,51 +65,85 @@ class ClipLoader:
         self.train, self.streams, self.offsets = offsets is None, tuple(streams), tuple(offsets or ())
         self.device = device or torch.device("cpu")
         self._options: dict[str, Any] = {
-            "draw": seed, "size": size, "crop": crop, "flip": flip, "data": data,
-            "device": "mixed" if self.device.type == "cuda" else "cpu",
+            "size": size, "crop": crop, "flip": flip, "data": data, "device": "mixed" if self.device.type == "cuda" else "cpu",
         }  # fmt: skip
+        self.steps = self._steps(shards.samples)
+        self.epoch = self.done = 0  # where training is: this epoch, after so many of its steps
+        self._draw = seed
+        self._seen: list[Tensor] = []  # samples of the batches of this epoch
+        self._before = torch.empty(0, 3, dtype=torch.int32)  # samples of this epoch that another number of ranks has had
         self._restored: bytes | None = None
         self._iterator: Any = None
-        # ranks take floor-divided shares padded to the largest, so every rank makes the same number of steps
-        self.steps = math.ceil(math.ceil(shards.samples / world) / batch)
+        self._folder: TemporaryDirectory[str] | None = None
+
+    def _steps(self, samples: int) -> int:
+        """Steps of one pass: ranks take floor-divided shares padded to the largest, so every rank makes the same number."""
+        return math.ceil(math.ceil(samples / self.world) / self.batch)
 
     def _build(self) -> Any:
         from nvidia.dali import pipeline_def
         from nvidia.dali.plugin.pytorch import DALIGenericIterator, LastBatchPolicy
 
-        pipeline = pipeline_def(enable_checkpointing=True)(_graph)(
-            self.shards, train=self.train, streams=self.streams, offsets=self.offsets, rank=self.rank, world=self.world, **self._options,
-            batch_size=self.batch, num_threads=self._options["data"].threads,
+        shards, draw = self.shards, self._draw
+        if len(self._before):
+            self._folder = TemporaryDirectory(prefix="jmt-rest-")
+            shards = write_rest(shards, self._before, self.world, Path(self._folder.name))
+            draw = derive_seed("rest", draw)  # not the crops of the epoch after it
+        pipeline = pipeline_def(enable_checkpointing=True)(graph)(
+            shards, train=self.train, streams=self.streams, offsets=self.offsets, rank=self.rank, world=self.world, draw=draw,
+            **self._options, batch_size=self.batch, num_threads=self._options["data"].threads,
             prefetch_queue_depth=self._options["data"].prefetch, checkpoint=self._restored,
             device_id=self.device.index if self.device.type == "cuda" else None,
         )  # fmt: skip
         policy = LastBatchPolicy.FILL if self.train else LastBatchPolicy.PARTIAL
         return DALIGenericIterator(
-            pipeline, _names(self.train, self.streams), reader_name="reader", auto_reset=True, last_batch_policy=policy
+            pipeline, names(self.train, self.streams), reader_name="reader", auto_reset=True, last_batch_policy=policy
         )
 
-    def _next(self) -> Batch:
+    def batches(self, epoch: int = 0, done: int = 0) -> Iterator[Batch]:
+        """Training: the steps of `epoch` after the first `done`. Dense: all samples of this rank.
+
+        Training goes forward only: steps between `self.epoch`, `self.done` and the place asked for are read and dropped.
+        """
+        if not self.train:
+            yield from self._pass()
+            return
+        passed_over = (epoch - self.epoch) * self.steps + done - self.done
+        if passed_over < 0:
+            raise ValueError(f"step {done} of epoch {epoch} is over: the loader is after step {self.done} of epoch {self.epoch}")
+        for _ in range(passed_over):
+            self._step()
+        while self.epoch == epoch:
+            yield self._step()
+
+    def _step(self) -> Batch:
+        if self._iterator is None:
+            self._iterator = self._build()
         try:
             batch = next(self._iterator)[0]
         except StopIteration:  # the end of an epoch: auto_reset has begun the next one
             batch = next(self._iterator)[0]
+        self._seen.append(batch["id"][:, :3].clone())
+        self.done += 1
+        if self.done == self.steps:
+            self.epoch, self.done, self._seen = self.epoch + 1, 0, []
+            if len(self._before):  # the rest of a re-divided epoch is over, whole epochs follow
+                self._forget()
+                self._before = self._before[:0]
+        batch["q"] = batch["q"].flatten()
         return {name: value.to(self.device) for name, value in batch.items()}
 
-    def batches(self, epoch: int = 0, done: int = 0) -> Iterator[Batch]:
-        """The rest of the current epoch after `done` steps; in training, call it once per epoch, in order."""
-        if self._iterator is None or not self.train:
-            self._iterator = self._build()
-        if self.train:
-            for _ in range(self.steps - done):
-                batch = self._next()
-                batch["q"] = batch["q"].flatten()
-                yield batch
-            return
-        for found in self._iterator:
+    def _forget(self) -> None:
+        self._iterator = self._restored = None
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def _pass(self) -> Iterator[Batch]:
+        for found in self._build():
             batch = {name: value.to(self.device) for name, value in found[0].items()}
-            if len(batch["id"]) == 0:
-                continue
-            yield self._dense(batch)
+            if len(batch["id"]):  # a rank whose share is smaller may get an empty last batch
+                yield self._dense(batch)
 
     def _dense(self, batch: Batch) -> Batch:
         count, offsets = len(batch["id"]), len(self.offsets)
@@ -222,23 +154,57 @@ class ClipLoader:
             batch["mel"] = batch["mel"].unflatten(1, (offsets, CLIPS))
         return batch
 
-    def _identity(self) -> dict[str, Any]:
-        return {"world": self.world, "batch": self.batch, "index_hash": self.shards.index_hash, "manifest_hash": self.shards.manifest_hash}
+    def _job(self) -> dict[str, Any]:
+        hashes = {"manifest_hash": self.shards.manifest_hash, "index_hash": self.shards.index_hash}
+        return {"world": self.world, "rank": self.rank, "batch": self.batch, **hashes}
+
+    def _require(self, state: dict[str, Any], keys: Sequence[str]) -> None:
+        job = self._job()
+        for key in keys:
+            if state.get(key) != job[key]:
+                theirs, mine = (str(value)[:12] for value in (state.get(key), job[key]))
+                what = SAME_JOB[key]
+                raise UserError(
+                    f"the loader's state was saved with {what} {theirs}, this job has {what} {mine}",
+                    "Resume with the same number of ranks, batch, fold and shards.",
+                )
 
     def state(self) -> dict[str, Any]:
-        """The loader's position after the batch last returned (about 4 kB), for `restore`."""
-        pipeline = self._iterator.checkpoints()[0] if self._iterator is not None else None
-        return {**self._identity(), "pipeline": pipeline}
+        """The training position after the batch last returned, for `restore` and `redivide`.
+
+        Some kilobytes, and 12 bytes for each sample this rank has had in the epoch.
+        """
+        pipeline = self._iterator.checkpoints()[0] if self._iterator is not None else self._restored
+        position = {"epoch": self.epoch, "done": self.done, "draw": self._draw}
+        seen = torch.cat([self._before[:0], *self._seen])
+        return {**self._job(), **position, "before": self._before, "seen": seen, "pipeline": pipeline}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken. DALI itself would take another world's state in silence, so it is compared here."""
-        for key, mine in self._identity().items():
-            if state[key] != mine:
-                raise UserError(
-                    f"the loader's state was saved with {key}={state[key]}, now {key}={mine}",
-                    "Resume with the same ranks, batch, fold and shards.",
-                )
-        self._restored, self._iterator = state["pipeline"], None
+        """Continue exactly where this rank's `state` was taken; `self.epoch` and `self.done` say where that is.
+
+        Raises UserError where it is of another world size, rank, batch, shard set or fold: DALI itself would take it in silence.
+        """
+        self._require(state, tuple(SAME_JOB))
+        self._forget()
+        self.epoch, self.done, self._draw = state["epoch"], state["done"], state["draw"]
+        self._before, self._seen, self._restored = state["before"], [state["seen"]], state["pipeline"]
+
+    def redivide(self, states: Sequence[dict[str, Any]]) -> None:
+        """Continue the epoch in which a job of another number of ranks (or another batch) stopped, given the states of all its ranks.
+
+        What that job has not had of its epoch is divided over this loader's ranks: none lost, none twice but for the padding of
+        the last batch; whole epochs follow, in an order of their own. Afterwards `self.epoch` and `self.done` say where training
+        goes on, in steps of this loader: `batches(self.epoch, self.done)`. Where ranks x batch is what it was, `self.done` is too.
+        Raises UserError: a rank's state is missing, the states are not of one step, or of another shard set or fold.
+        """
+        for state in states:
+            self._require(state, ("manifest_hash", "index_hash"))
+        had = consumed(states)
+        self._forget()
+        self.epoch, self._before, self._seen = states[0]["epoch"], had, []
+        left = self.shards.samples - len(had)
+        self.done = self.steps - self._steps(max(left, self.world)) if len(had) else 0
+        self._draw = derive_seed("redivided", states[0]["draw"], self.epoch, states[0]["done"])
 
 
 def derive_seed(*parts: object) -> int:

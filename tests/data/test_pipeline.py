@@ -17,7 +17,8 @@ from torch import Tensor
 
 from jmt_dist.config import DataOptions, FoldOptions
 from jmt_dist.data.geometry import SIZE, STRIP, WINDOW
-from jmt_dist.data.pipeline import MEAN, STD, ClipLoader, clips
+from jmt_dist.data.graph import MEAN, STD
+from jmt_dist.data.pipeline import ClipLoader, clips
 from jmt_dist.data.sample import Sample
 from jmt_dist.data.shards import ShardSet, fold_shards
 from jmt_dist.errors import UserError
@@ -142,7 +143,7 @@ def test_ranks_share_the_samples(shards: ShardSet, world: int) -> None:
     assert steps == [loader.steps for loader in training] and len(set(steps)) == 1
 
 
-@pytest.mark.parametrize(("change", "words"), [({"batch": 2}, "batch=4"), ({"world": 2}, "world=1")])
+@pytest.mark.parametrize(("change", "words"), [({"batch": 2}, "batch 4"), ({"world": 2}, "ranks 1")])
 def test_a_state_of_another_job_is_refused(shards: ShardSet, change: dict[str, int], words: str) -> None:
     options: dict[str, Any] = {"data": DATA, "batch": 4, "streams": ()}
     loader = ClipLoader(shards, **options)
