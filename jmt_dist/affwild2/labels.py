@@ -34,6 +34,7 @@ class LabelTable:
     nan: int  # rows that say NaN
     out_of_range: int  # rows outside [-1, 1]
     had_header: bool
+    crlf: bool  # lines end as on Windows
 
     @property
     def valid(self) -> int:
@@ -51,7 +52,8 @@ def read_table(path: Path) -> LabelTable:
 
     Raises UserError, naming file and line, where a row is not two numbers, and where the file cannot be read.
     """
-    lines, columns, first = _rows(path)
+    text = read_text(path)
+    lines, columns, first = _rows(text)
     values = _parse(path, lines, first)
     va = values[:, columns].astype(np.float32)
     invalid = (values == INVALID).any(axis=1)
@@ -59,12 +61,12 @@ def read_table(path: Path) -> LabelTable:
     # checked after rounding: resampled releases hold numbers such as 1.0000000000000002
     out = (np.abs(va) > 1).any(axis=1) & ~invalid & ~nan
     va[invalid | nan | out] = np.nan
-    return LabelTable(va, int(invalid.sum()), int(nan.sum()), int(out.sum()), first > 1)
+    return LabelTable(va, int(invalid.sum()), int(nan.sum()), int(out.sum()), first > 1, "\r\n" in text)
 
 
 def count_rows(path: Path) -> int:
     """N, the number of label rows of a file, without reading the numbers. Raises UserError where it cannot be read."""
-    return len(_rows(path)[0])
+    return len(_rows(read_text(path))[0])
 
 
 def write_labels(path: Path, va: NDArray[np.float32]) -> None:
@@ -101,9 +103,9 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path} is not a text file", "Copy it again from the dataset as shipped.") from None
 
 
-def _rows(path: Path) -> tuple[list[str], list[int], int]:
-    """Data lines of a file, the places of (valence, arousal) in them, and the number of the first one."""
-    lines = read_text(path).splitlines()
+def _rows(text: str) -> tuple[list[str], list[int], int]:
+    """Data lines of a file's text, the places of (valence, arousal) in them, and the number of the first one."""
+    lines = text.splitlines()
     while lines and not lines[-1].strip():
         lines.pop()
     names = [name.strip().strip('"').lower() for name in lines[0].split(",")] if lines else []

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from jmt_dist.affwild2.labels import count_rows, read_text
+from jmt_dist.affwild2.release import SPLITS, Counts, name_release
 from jmt_dist.errors import UserError
 
 MEDIA = (".avi", ".mp4")
 SIDES = ("_left", "_right")
 DEPTH = 4  # of the folders that hold label files, from the root
-RELEASES = {((356, 1_682_057), (76, 383_814), (162, 927_210)): "ABAW5+"}  # (units, rows) of train, validation, test
 
 TRAIN_FOLDERS = {"train_set", "training_set", "train"}
 VALIDATION_FOLDERS = {"validation_set", "val_set", "validation", "val"}
@@ -51,10 +51,14 @@ class Unit:
 
 @dataclass(frozen=True)
 class Problem:
-    """A contradiction in the folder and the rule that settled it. `unit` is empty where it concerns the dataset."""
+    """A contradiction in the folder and the rule that settled it. `unit` is empty where it concerns the dataset.
+
+    `what` names its kind, as the packing report counts them.
+    """
 
     unit: str
     sentence: str
+    what: str = "dataset folder"
 
 
 @dataclass(frozen=True)
@@ -106,17 +110,19 @@ def find_dataset(root: Path) -> Dataset:
     for name in sorted({*labels, *test}):
         split, path = labels.get(name, ("test", None))
         if name in test and path is not None:
-            problems.append(Problem(name, f"is in the test list and has labels in {_short(root, path)}: taken as a test unit"))
+            problems.append(
+                Problem(name, f"is in the test list and has labels in {_short(root, path)}: taken as a test unit", "labels of a test unit")
+            )
             split, path = "test", None
         video = video_of(name, media)
         crops = tuple(folder / name for folder in found.crops if (folder / name).is_dir())
         try:
             rows = test[name] if path is None else count_rows(path)
         except UserError as error:  # costs this unit, not the dataset: packing reads the file again and names the unit
-            problems.append(Problem(name, error.sentence))
+            problems.append(Problem(name, error.sentence, "unreadable label file"))
             rows = 0
         if path is not None and not rows:
-            problems.append(Problem(name, f"has no label rows in {_short(root, path)}"))
+            problems.append(Problem(name, f"has no label rows in {_short(root, path)}", "empty label file"))
         units.append(Unit(name, video, split, path, crops, media.get(video), rows))
     return Dataset(root, _release(root, units), tuple(units), tuple(problems), sample_file)
 
@@ -144,17 +150,32 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         raise UserError(f"{folder} cannot be listed: {error.strerror}", "Check the folder's permissions.") from None
 
 
+def _is_dir(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is, or links to, a folder; a link to itself is neither folder nor file."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
+
+
 def _walk(root: Path, folder: Path, depth: int, found: _Found) -> None:
     """Collect what is of interest; crop folders (three million files) and label folders are not entered."""
     for entry in _entries(folder):
         path, name = Path(entry.path), entry.name.lower()
-        if not entry.is_dir():
+        if not _is_dir(entry):
             if TEST_LIST.fullmatch(name):
                 found.test_lists.append(path)
             elif SAMPLE_FILE.fullmatch(name):
                 found.sample_files.append(path)
         elif name == "cropped_aligned" or name.startswith("cropped_aligned_"):
-            nested = [Path(inner.path) for inner in _entries(path) if inner.name.lower().startswith("cropped_aligned") and inner.is_dir()]
+            nested = [Path(inner.path) for inner in _entries(path) if inner.name.lower().startswith("cropped_aligned") and _is_dir(inner)]
             found.crops += [path, *nested]  # unpacking an archive into a folder of its own name nests it
         elif re.fullmatch(r"batch_?\d+", name):
             found.batches.append(path)
@@ -167,7 +188,7 @@ def _walk(root: Path, folder: Path, depth: int, found: _Found) -> None:
 
 
 def _label_files(folder: Path) -> list[Path]:
-    return [Path(entry.path) for entry in _entries(folder) if entry.name.lower().endswith(".txt") and entry.is_file()]
+    return [Path(entry.path) for entry in _entries(folder) if entry.name.lower().endswith(".txt") and _is_file(entry)]
 
 
 def _short(root: Path, path: Path) -> str:
@@ -184,17 +205,19 @@ def _labels(root: Path, found: _Found, problems: list[Problem]) -> dict[str, tup
     labels: dict[str, tuple[str, Path]] = {}
     folders = sorted(found.annotations, key=rank)  # stable: equals stay in the order of the walk
     for ignored in folders[1:]:
-        problems.append(Problem("", f"labels in {_short(root, ignored)} are not read: those in {_short(root, folders[0])} are"))
+        sentence = f"labels in {_short(root, ignored)} are not read: those in {_short(root, folders[0])} are"
+        problems.append(Problem("", sentence, "second annotation folder"))
     for entry in _entries(folders[0]) if folders else []:
         name = entry.name.lower()
-        if not entry.is_dir() or name not in TRAIN_FOLDERS | VALIDATION_FOLDERS:
+        if not _is_dir(entry) or name not in TRAIN_FOLDERS | VALIDATION_FOLDERS:
             continue
         split = "train" if name in TRAIN_FOLDERS else "validation"
         for path in _label_files(Path(entry.path)):
             unit = path.name[:-4]
             _, first = labels.setdefault(unit, (split, path))
             if first != path:
-                problems.append(Problem(unit, f"has labels in {_short(root, first)} and {_short(root, path)}: the first is taken"))
+                sentence = f"has labels in {_short(root, first)} and {_short(root, path)}: the first is taken"
+                problems.append(Problem(unit, sentence, "duplicate labels"))
     return labels
 
 
@@ -206,7 +229,8 @@ def _media(root: Path, found: _Found, problems: list[Problem]) -> dict[str, Path
         if extension.lower() not in MEDIA:
             continue
         if stem in media:
-            problems.append(Problem(stem, f"has videos {_short(root, media[stem])} and {_short(root, path)}: the first is taken"))
+            sentence = f"has videos {_short(root, media[stem])} and {_short(root, path)}: the first is taken"
+            problems.append(Problem(stem, sentence, "duplicate videos"))
         else:
             media[stem] = path
     return media
@@ -214,9 +238,9 @@ def _media(root: Path, found: _Found, problems: list[Problem]) -> dict[str, Path
 
 def _files(folder: Path, depth: int = 0) -> Iterator[Path]:
     for entry in _entries(folder):
-        if entry.is_file():
+        if _is_file(entry):
             yield Path(entry.path)
-        elif depth < DEPTH and entry.is_dir():
+        elif depth < DEPTH and _is_dir(entry):
             yield from _files(Path(entry.path), depth + 1)
 
 
@@ -229,7 +253,9 @@ def _newest(root: Path, paths: list[Path], what: str, problems: list[Problem]) -
 
     paths = sorted(paths, key=age)
     for ignored in paths[:-1]:
-        problems.append(Problem("", f"{what} {_short(root, ignored)} is not read: {_short(root, paths[-1])} is"))
+        problems.append(
+            Problem("", f"{what} {_short(root, ignored)} is not read: {_short(root, paths[-1])} is", "several editions of a file")
+        )
     return paths[-1] if paths else None
 
 
@@ -242,9 +268,11 @@ def _test_units(root: Path, found: _Found, problems: list[Problem]) -> tuple[dic
     names = dict.fromkeys(name.removesuffix(".txt") for name in listed if name)
     if sample and test_list:
         for name in sorted(rows.keys() - names.keys()):
-            problems.append(Problem(name, f"is in {_short(root, sample)} but not in the test list: taken as a test unit"))
+            sentence = f"is in {_short(root, sample)} but not in the test list: taken as a test unit"
+            problems.append(Problem(name, sentence, "test unit not in the list"))
     for name in sorted(names.keys() - rows.keys()):
-        problems.append(Problem(name, "is in the test list but in no sample file: its number of rows is unknown"))
+        sentence = "is in the test list but in no sample file: its number of rows is unknown"
+        problems.append(Problem(name, sentence, "test unit not in the sample file"))
     return {name: rows.get(name, 0) for name in [*names, *rows]}, sample
 
 
@@ -261,7 +289,5 @@ def sample_rows(path: Path) -> Counter[str]:
 def _release(root: Path, units: list[Unit]) -> str:
     if (root / "fixture.json").is_file():
         return "fixture"
-    counts = {split: [unit.rows for unit in units if unit.split == split] for split in ("train", "validation", "test")}
-    train, validation, test = ((len(rows), sum(rows)) for rows in counts.values())
-    unknown = f"unknown ({train[0]} train / {validation[0]} validation / {test[0]} test units)"
-    return RELEASES.get((train, validation, test), unknown)
+    rows = {split: [unit.rows for unit in units if unit.split == split] for split in SPLITS}
+    return name_release({split: Counts(len(found), sum(found)) for split, found in rows.items()})

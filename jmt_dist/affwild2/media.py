@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,26 @@ def frame_timestamps(path: Path) -> NDArray[np.float64]:
             rate = float(stream.guessed_rate or stream.average_rate or FALLBACK_FPS)
             return np.arange(len(packets), dtype=np.float64) / rate
         return np.sort(np.array(times, np.float64)) * float(stream.time_base) - _zero(container)
+
+
+@dataclass(frozen=True)
+class SoundStream:
+    """An audio stream as its container declares it; `start` is in seconds after the first picture (negative: before it)."""
+
+    rate: int
+    channels: int
+    start: float
+
+
+def sound_stream(path: Path) -> SoundStream | None:
+    """The declaration of a file's audio stream, None where it has none; nothing is decoded. Raises MediaError: unreadable."""
+    with _opened(path) as container:
+        stream, video = _best(container, "audio"), _best(container, "video")
+        if stream is None:
+            return None
+        known = stream.start_time is not None and video is not None and video.start_time is not None
+        start = float(stream.start_time * stream.time_base - video.start_time * video.time_base) if known else 0.0
+        return SoundStream(stream.codec_context.sample_rate or 0, stream.codec_context.channels or 0, start)
 
 
 def end_samples(timestamps: NDArray[np.float64], frames: NDArray[np.int64], rate: int = RATE) -> NDArray[np.int64]:

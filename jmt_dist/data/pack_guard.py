@@ -37,11 +37,21 @@ def refuse_foreign(out: Path) -> None:
         raise UserError(f"{out} holds files that are not shards", "Choose a new or empty folder as out=.")
 
 
-def refuse_long_names(units: Sequence[Unit]) -> None:
-    """Raises UserError where a unit's name does not fit into a tar."""
+def nameless(units: Sequence[Unit]) -> dict[str, str]:
+    """Units whose name cannot be a key, with the reason. Raises UserError for a test unit: none of them may be left out."""
+    found = {}
     for unit in units:
+        try:
+            unit.name.encode()
+        except UnicodeEncodeError:
+            found[unit.name] = "its name is not UTF-8: rename its files"
+            continue
         if len(escape(unit.name)) > LONGEST_NAME:
-            raise UserError(f"unit name {unit.name} is too long for a tar", f"Rename it to at most {LONGEST_NAME} letters and digits.")
+            found[unit.name] = f"its name is too long for a tar: rename it to at most {LONGEST_NAME} letters and digits"
+    for unit in units:
+        if unit.split == "test" and unit.name in found:
+            raise UserError(f"test unit {unit.name} cannot be packed: {found[unit.name]}", "Rename it, also in the list and sample file.")
+    return found
 
 
 def finished_manifest(out: Path, options: PackOptions, source: str, packed_from: str | None) -> Manifest | None:
@@ -95,11 +105,23 @@ def keep_plan(out: Path, options: PackOptions, packed: Sequence[PackedUnit], man
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Hold `out` against a second packing. Raises UserError where one is at work."""
+def disk_errors(out: Path) -> Iterator[None]:
+    """Turns what a disk refuses (no space, read-only, no permission, gone) into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        place = error.filename if isinstance(error.filename, str) else str(out)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "Free some space" if full else "Check the folder, its permissions and whether its file system is mounted writable"
+        raise UserError(f"{place}: {error.strerror or error}", f"{remedy}; the same command goes on where it stopped.") from None
+
+
+@contextmanager
+def locked(out: Path, shared: bool = False) -> Iterator[None]:
+    """Hold `out` against a second packing (`shared`: jobs of one packing beside each other). Raises UserError where one is at work."""
     handle = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             os.close(handle)

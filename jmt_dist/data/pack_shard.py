@@ -6,10 +6,12 @@ it is finished and what was met, so that a later run goes on behind it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,12 +20,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from jmt_dist.data.crop_kinds import count_kinds
 from jmt_dist.data.geometry import samples_of, strip_frames
-from jmt_dist.data.pack_video import video_folder
+from jmt_dist.data.pack_video import gone, video_folder
 from jmt_dist.data.sample import AudioKind, Sample, audio_of, encode_audio, escape, key, labels_of
 from jmt_dist.data.strip import make_strip
 from jmt_dist.data.tars import ShardWriter, index_text
 
+GONE = {errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.EHOSTDOWN}  # not a matter of one file
 SampleId = tuple[int, int, int]  # unit index, m, p
 
 
@@ -51,7 +55,8 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class ShardResult:
-    """A finished shard: what the manifest says of it, samples by strip mode, frames by kind, unreadable crops (unit, frame)."""
+    """A finished shard: what the manifest says of it, samples by strip mode, frames with a face and black ones,
+    unreadable crops (unit, frame), and odd crops (unit, kind, frames)."""
 
     name: str
     samples: int
@@ -61,6 +66,7 @@ class ShardResult:
     frames: int
     black: int
     unreadable: tuple[tuple[str, int], ...]
+    kinds: tuple[tuple[str, str, int], ...] = ()
 
 
 def global_order(units: Sequence[tuple[str, int]], seed: int) -> list[SampleId]:
@@ -85,7 +91,13 @@ def finished(folder: Path, out: Path, name: str) -> ShardResult | None:
 def parse_result(text: str) -> ShardResult:
     """A result from its JSON. Raises ValueError, KeyError or TypeError where it is none."""
     data = json.loads(text)
-    return ShardResult(**{**data, "modes": tuple(data["modes"]), "unreadable": tuple((u, f) for u, f in data["unreadable"])})
+    return result_of(data)
+
+
+def result_of(data: Mapping[str, Any]) -> ShardResult:
+    """A result from its JSON's values. Raises KeyError or TypeError where they are none."""
+    lists = {name: tuple(tuple(entry) for entry in data[name]) for name in ("unreadable", "kinds")}
+    return ShardResult(**{**data, "modes": tuple(data["modes"]), **lists})
 
 
 def results_folder(work: Path) -> Path:
@@ -94,23 +106,36 @@ def results_folder(work: Path) -> Path:
 
 
 def pack_shard(task: ShardTask) -> ShardResult:
-    """Write tar and index of one shard."""
+    """Write tar and index of one shard; whatever stops it, nothing half-written is left."""
+    partial = task.work / task.name
+    try:
+        return _write_shard(task, partial)
+    except BaseException:
+        for path in (partial, partial.with_suffix(".idx")):
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _write_shard(task: ShardTask, partial: Path) -> ShardResult:
     _array.cache_clear()  # what lay at these paths in an earlier run of this process is gone
     sources = {source.index: source for source in task.sources}
     modes = [0, 0, 0]
     frames = black = 0
     unreadable: set[tuple[str, int]] = set()
-    partial = task.work / task.name
+    kinds: Counter[tuple[str, str]] = Counter()
     with ShardWriter(partial) as writer:
         for index, m, p in task.samples:
             source = sources[index]
-            sample, bad = make_sample(task.work, source, m, p, task.audio)
+            sample, bad, odd = make_sample(task.work, source, m, p, task.audio)
             writer.add(key(source.name, m, p), sample.members())
             modes[int(sample.id[3])] += 1
             frames += int(sample.present.sum())
             black += int((sample.present == 0).sum())
             unreadable |= {(source.name, frame) for frame in bad}
-    result = ShardResult(task.name, len(task.samples), writer.size, writer.sha256, tuple(modes), frames, black, tuple(sorted(unreadable)))
+            kinds.update({(source.name, kind): count for kind, count in odd.items()})
+    odd_crops = tuple((unit, kind, count) for (unit, kind), count in sorted(kinds.items()))
+    seen = (tuple(modes), frames, black, tuple(sorted(unreadable)), odd_crops)
+    result = ShardResult(task.name, len(task.samples), writer.size, writer.sha256, *seen)
     index_path = (task.out / task.name).with_suffix(".idx")
     index_partial = partial.with_suffix(".idx")
     index_partial.write_text(index_text(writer.entries), encoding="ascii")
@@ -122,27 +147,36 @@ def pack_shard(task: ShardTask) -> ShardResult:
     return result
 
 
-def make_sample(work: Path, source: Source, m: int, p: int, audio: AudioKind) -> tuple[Sample, list[int]]:
-    """Sample (m, p) of a unit, and the source frames whose crop cannot be read."""
+def make_sample(work: Path, source: Source, m: int, p: int, audio: AudioKind) -> tuple[Sample, list[int], Counter[str]]:
+    """Sample (m, p) of a unit, the source frames whose crop cannot be read, and its odd crops by kind."""
     folder = str(video_folder(work, source.video))
     va, crops = (_array(f"{folder}/{escape(source.name)}.{what}.npy") for what in ("va", "crops"))
     frames = strip_frames(m, p)
-    strip = make_strip([_crop(source, crops, int(frame)) for frame in frames])
-    pcm, ends = audio_of(_array(f"{folder}/pcm.npy"), _array(f"{folder}/times.npy"), m, p)
+    files = [_crop(source, crops, int(frame)) for frame in frames]
+    strip = make_strip(files)
+    # mapped anew for each sample: pages of a mapping that is kept count as memory of the process, 9 GB for the whole dataset
+    pcm, ends = audio_of(np.load(f"{folder}/pcm.npy", mmap_mode="r"), _array(f"{folder}/times.npy"), m, p)
     present = np.array(strip.present, np.uint8)
     identity = np.array([source.index, m, p, strip.mode], np.int32)
     sample = Sample(strip.data, encode_audio(pcm, audio), audio, ends, labels_of(va, m, p), present, identity)
-    return sample, [int(frames[k]) for k in strip.unreadable]
+    readable = [file if there else None for file, there in zip(files, strip.present, strict=True)]
+    return sample, [int(frames[k]) for k in strip.unreadable], count_kinds(readable, strip.data, strip.mode)
 
 
 def _crop(source: Source, crops: NDArray[np.uint8], frame: int) -> bytes | None:
-    """Bytes of the crop of a source frame; None where there is none, b"" (no decoder takes it) where it cannot be read."""
+    """Bytes of the crop of a source frame; None where there is none, b"" (no decoder takes it) where it cannot be read.
+
+    Raises UserError where a crop that pass 1 saw is gone: black frames in its place would be nobody's wish.
+    """
     if not 1 <= frame <= len(crops) or not crops[frame - 1]:
         return None
+    path = f"{source.crops[crops[frame - 1] - 1]}/{frame:05d}.jpg"
     try:
-        with open(f"{source.crops[crops[frame - 1] - 1]}/{frame:05d}.jpg", "rb") as file:
+        with open(path, "rb") as file:
             return file.read()
-    except OSError:
+    except OSError as error:
+        if error.errno in GONE:
+            raise gone(path) from None
         return b""
 
 

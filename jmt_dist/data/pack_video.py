@@ -13,8 +13,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +23,14 @@ from numpy.typing import NDArray
 from jmt_dist.affwild2.folds import summarise
 from jmt_dist.affwild2.labels import read_table
 from jmt_dist.affwild2.layout import Unit
-from jmt_dist.affwild2.media import MediaError, fallback_timestamps, frame_timestamps, median_interval, read_audio
-from jmt_dist.data.geometry import RATE
+from jmt_dist.affwild2.media import fallback_timestamps
+from jmt_dist.data.geometry import RATE, SEGMENT
+from jmt_dist.data.pack_media import Media, Noter, read_media
 from jmt_dist.data.sample import escape
 from jmt_dist.errors import UserError
 
 FEWER, MORE = -3, 2  # rows minus frames that are normal (DESIGN section 5)
 RESULT = "video.json"
-Noter = Callable[[str, str], None]  # takes (what, detail)
 _CROP = re.compile(r"(\d{5,})\.jpg")
 
 
@@ -45,11 +45,12 @@ class Note:
 
 @dataclass(frozen=True)
 class UnitResult:
-    """One unit after pass 1; `error` says why it is left out."""
+    """One unit after pass 1; `invalid` counts its rows marked -5, `error` says why it is left out."""
 
     name: str
     rows: int = 0
     valid: int = 0
+    invalid: int = 0
     histogram: tuple[int, ...] = ()
     crops: int = 0
     notes: tuple[Note, ...] = ()
@@ -76,14 +77,6 @@ class VideoTask:
     units: tuple[Unit, ...]
 
 
-@dataclass
-class _Media:
-    times: NDArray[np.float64] | None = None
-    pcm: NDArray[np.int16] = field(default_factory=lambda: np.zeros(0, np.int16))
-    what: str = ""
-    detail: str = ""
-
-
 def video_folder(work: Path, video: str) -> Path:
     """Where pass 1 lays down a video."""
     return work / "videos" / escape(video)
@@ -92,26 +85,51 @@ def video_folder(work: Path, video: str) -> Path:
 def prepare_video(task: VideoTask) -> VideoResult:
     """Do pass 1 for a video, or read what an earlier run did. Errors of units stand in the result; none is raised for them."""
     folder = video_folder(task.work, task.video)
-    done = _read_result(folder, {unit.name for unit in task.units})
+    done = read_result(folder, {unit.name for unit in task.units})
     if done is not None and not done.error and not any(unit.error for unit in done.units):  # an error may have been put right since
         return done
     partial = folder.with_name(f"{folder.name}.partial")
     for old in (folder, partial):
         shutil.rmtree(old, ignore_errors=True)
+    try:
+        return _lay_down(task, folder, partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _lay_down(task: VideoTask, folder: Path, partial: Path) -> VideoResult:
     partial.mkdir(parents=True)
-    media = _read_media(task.units[0].media)
-    units = tuple(_prepare_unit(unit, media, partial) for unit in task.units)
+    media = read_media(task.units[0].media)
+    units = tuple(_prepare_unit(unit, media, partial, len(task.units)) for unit in task.units)
+    require_source(task.units)
     times = media.times if media.times is not None else fallback_timestamps(max(1, *(u.rows for u in units), 1))
     np.save(partial / "times.npy", times)
     np.save(partial / "pcm.npy", media.pcm)
     frames = 0 if media.times is None else len(media.times)
-    result = VideoResult(task.video, frames, len(media.pcm) / RATE, units, media.detail if media.times is None else "")
+    result = VideoResult(task.video, frames, len(media.pcm) / RATE, units, media.error)
     (partial / RESULT).write_text(json.dumps(asdict(result)), encoding="utf-8")
     os.replace(partial, folder)
     return result
 
 
-def _read_result(folder: Path, names: set[str]) -> VideoResult | None:
+def require_source(units: Sequence[Unit]) -> None:
+    """Raises UserError where a file or folder that the search for the dataset found is there no more.
+
+    Without this a file system that goes away would look like a dataset of unreadable videos and missing crops.
+    """
+    for unit in units:
+        for path in (unit.labels, unit.media, *unit.crops):
+            if path is not None and not path.exists():
+                raise gone(path)
+
+
+def gone(path: Path | str) -> UserError:
+    """The error of a source that vanishes while it is read."""
+    return UserError(f"{path} was there and is gone", "Is the dataset still mounted? The same command goes on where it stopped.")
+
+
+def read_result(folder: Path, names: set[str]) -> VideoResult | None:
     """What an earlier run found of the units `names`, if it was about them."""
     try:
         data = json.loads((folder / RESULT).read_text(encoding="utf-8"))
@@ -124,40 +142,21 @@ def _read_result(folder: Path, names: set[str]) -> VideoResult | None:
         return None
 
 
-def _read_media(path: Path | None) -> _Media:
-    """Timestamps and sound; where there are none, what to note about it."""
-    if path is None:
-        return _Media(what="no video file", detail="silence, 30 frames per second")
-    found = _Media()
-    try:
-        found.times = frame_timestamps(path)
-        steps = np.diff(found.times)
-        if len(steps) and steps.max() > 1.5 * median_interval(found.times):
-            found.what, found.detail = "variable frame rate", f"longest interval {1000 * steps.max():.0f} ms"
-        pcm = read_audio(path)
-    except MediaError as error:
-        found.what = "unreadable sound" if found.times is not None else "unreadable video file"
-        found.detail = error.sentence
-        return found
-    if pcm is None:
-        found.what, found.detail = "no sound", "silence"
-    else:
-        found.pcm = pcm
-    return found
-
-
-def _prepare_unit(unit: Unit, media: _Media, folder: Path) -> UnitResult:
+def _prepare_unit(unit: Unit, media: Media, folder: Path, people: int) -> UnitResult:
     notes: list[Note] = []
 
     def note(what: str, detail: str) -> None:
         notes.append(Note(unit.name, what, detail))
 
-    if media.what:
-        note(media.what, media.detail)
+    for what, detail in media.notes:
+        note(what, detail)
+    _note_names(unit, people, note)
     try:
-        va, rows = _labels(unit, media, note)
+        va, rows, invalid = _labels(unit, media, note)
     except UserError as error:
         return UnitResult(unit.name, notes=tuple(notes), error=error.sentence)
+    if 0 < rows < SEGMENT:
+        note("shorter than one segment", f"{rows} rows")
     error_text = _reason_to_omit(unit, rows, media, note)
     try:
         crops = crop_inventory(unit.crops, rows, note)
@@ -168,25 +167,40 @@ def _prepare_unit(unit: Unit, media: _Media, folder: Path) -> UnitResult:
     np.save(folder / f"{name}.va.npy", va)
     np.save(folder / f"{name}.crops.npy", crops)
     summary = summarise(unit.name, unit.video, unit.split, va)
-    return UnitResult(unit.name, rows, summary.valid, summary.histogram, int((crops > 0).sum()), tuple(notes), error_text)
+    return UnitResult(unit.name, rows, summary.valid, invalid, summary.histogram, int((crops > 0).sum()), tuple(notes), error_text)
 
 
-def _labels(unit: Unit, media: _Media, note: Noter) -> tuple[NDArray[np.float32], int]:
-    """(labels [N, 2], N). A test unit has no labels; without a sample file the frames of its video count."""
+def _labels(unit: Unit, media: Media, note: Noter) -> tuple[NDArray[np.float32], int, int]:
+    """(labels [N, 2], N, rows marked -5). A test unit has no labels; without a sample file the frames of its video count."""
     if unit.labels is None:
         rows = unit.rows
         if not rows and media.times is not None:
             rows = len(media.times)
             note("length not in a sample file", f"{rows} frames of the video are taken as rows")
-        return np.full((rows, 2), np.nan, np.float32), rows
+        return np.full((rows, 2), np.nan, np.float32), rows, 0
     table = read_table(unit.labels)
     for count, what in ((table.invalid, "rows marked -5"), (table.nan, "rows that say NaN"), (table.out_of_range, "rows outside [-1, 1]")):
         if count:
             note(what, f"{count} of {len(table.va)}")
-    return table.va, len(table.va)
+    if not table.had_header:
+        note("label file without a header", unit.labels.name)
+    if table.crlf:
+        note("label file with CRLF", unit.labels.name)
+    return table.va, len(table.va), table.invalid
 
 
-def _reason_to_omit(unit: Unit, rows: int, media: _Media, note: Noter) -> str:
+def _note_names(unit: Unit, people: int, note: Noter) -> None:
+    """Names and links that a rule settles."""
+    if people > 1 or unit.name != unit.video:
+        note("several people in one video", f"{people} units of {unit.video}")
+    if escape(unit.name) != unit.name:
+        note("name escaped in keys", escape(unit.name))
+    links = [path.name for path in (unit.labels, unit.media, *unit.crops) if path is not None and path.is_symlink()]
+    if links:
+        note("symbolic links", ", ".join(links))
+
+
+def _reason_to_omit(unit: Unit, rows: int, media: Media, note: Noter) -> str:
     """Why a unit is left out, or "". A test unit never is: what would omit another is noted."""
     reason = ""
     difference = 0 if media.times is None else rows - len(media.times)
@@ -217,7 +231,7 @@ def crop_inventory(folders: Sequence[Path], rows: int, note: Noter) -> NDArray[n
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                match = _CROP.fullmatch(entry.name)
+                match = _CROP.fullmatch(entry.name) if not entry.is_symlink() or os.path.isfile(entry.path) else None  # dangling
                 number = int(match[1]) if match else 0
                 if match is None or entry.name != f"{number:05d}.jpg":
                     odd += 1

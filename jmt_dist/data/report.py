@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jmt_dist.data.pack_shard import ShardResult
+from jmt_dist.data.pack_shard import ShardResult, result_of
 from jmt_dist.data.pack_video import Note
+from jmt_dist.data.rules import RULES
 from jmt_dist.data.shards import REPORT, REPORT_TEXT
 from jmt_dist.data.strip import MODES
 
-SHOWN = 5  # units named per kind of irregularity in the text; the JSON has all
+SHOWN, LONGEST = 3, 72  # units named per kind of irregularity in the text, and letters about each; the JSON has all
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,15 @@ class PackReport:
         return sorted({crop for shard in self.shards for crop in shard.unreadable})
 
     def all_notes(self) -> list[Note]:
-        """Notes of pass 1, and one for each unit with unreadable crops."""
+        """Notes of pass 1, and one for each unit with unreadable or odd crops."""
         crops: dict[str, list[int]] = {}
         for unit, frame in self.unreadable:
             crops.setdefault(unit, []).append(frame)
         found = [Note(unit, "unreadable crops", ", ".join(map(str, frames))) for unit, frames in crops.items()]
+        odd: Counter[tuple[str, str]] = Counter()
+        for shard in self.shards:
+            odd.update({(unit, kind): count for unit, kind, count in shard.kinds})
+        found += [Note(unit, kind, f"{count} frames") for (unit, kind), count in odd.items()]
         return sorted([*self.notes, *found], key=lambda note: (note.what, note.unit))
 
     def to_json(self) -> str:
@@ -63,7 +68,7 @@ class PackReport:
 
     def to_text(self) -> str:
         """The report for people."""
-        lines = [f"Packed {self.release} from {self.source}", ""]
+        lines = [f"Packed release {self.release} from {self.source}", ""]
         for split, count in self.counts.items():
             lines.append(f"{split:<12}" + "  ".join(f"{number:>10,} {what}" for what, number in count.items()))
         size = sum(shard.bytes for shard in self.shards)
@@ -74,36 +79,49 @@ class PackReport:
         kinds: dict[str, list[Note]] = {}
         for note in self.all_notes():
             kinds.setdefault(note.what, []).append(note)
+        rows = []
         for what, notes in kinds.items():
             named = "; ".join(f"{note.unit}: {_short(note.detail)}" if note.unit else _short(note.detail) for note in notes[:SHOWN])
-            lines.append(f"  {what}: {len(notes)} ({named}{'; …' if len(notes) > SHOWN else ''})")
-        return "\n".join(lines if kinds else [*lines, "  none"]) + "\n"
+            rows.append((what, str(len(notes)), RULES.get(what, ""), f"{named}{'; …' if len(notes) > SHOWN else ''}"))
+        lines += table(("what", "units", "rule", "where"), rows) if rows else ["  none"]
+        return printable("\n".join(lines)).replace(f"{self.source}/", "") + "\n"  # paths are long; from the root they fit a line
 
     def omission_lines(self) -> list[str]:
-        """One line per unit left out, after a line that counts them."""
-        return [f"Units left out: {len(self.omitted)}", *(f"  {unit}: {reason}" for unit, reason in self.omitted.items())]
+        """A table of the units left out, after a line that counts them."""
+        rows = table(("unit", "why"), list(self.omitted.items())) if self.omitted else []
+        return [printable(line) for line in (f"Units left out: {len(self.omitted)}", *rows)]
 
-    def write(self, folder: Path) -> None:
-        """Write both files."""
+    def write(self, folder: Path, work: Path) -> None:
+        """Write both files, by way of the folder `work` on the same disk."""
         for name, text in ((REPORT_TEXT, self.to_text()), (REPORT, self.to_json())):
-            partial = folder / f".{name}.partial"
+            partial = work / name
             partial.write_text(text, encoding="utf-8")
             partial.replace(folder / name)
 
 
+def printable(text: str) -> str:
+    """`text` with the bytes of names that are not UTF-8 spelled out, so that any stream takes it."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table whose columns are as wide as they need to be; the last one is not filled up."""
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head) - 1)]
+    lines = [[*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]] for row in (head, *rows)]
+    return ["  " + "  ".join(line).rstrip() for line in lines]
+
+
 def _short(text: str) -> str:
-    return text if len(text) <= 120 else text[:117] + "…"
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 
 def read_report(folder: Path) -> PackReport | None:
     """The report of a shard folder, None where there is none."""
     try:
         data: dict[str, Any] = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-        shards = tuple(
-            ShardResult(**{**shard, "modes": tuple(shard["modes"]), "unreadable": tuple((u, f) for u, f in shard["unreadable"])})
-            for shard in data["shards"]
-        )
-        notes = tuple(Note(**note) for note in data["notes"] if note["what"] != "unreadable crops")
+        shards = tuple(result_of(shard) for shard in data["shards"])
+        of_shards = {"unreadable crops", *(kind for shard in shards for _, kind, _ in shard.kinds)}
+        notes = tuple(Note(**note) for note in data["notes"] if note["what"] not in of_shards)
         return PackReport(data["source"], data["release"], data["counts"], data["omitted"], notes, shards)
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from jmt_dist.affwild2 import release
 from jmt_dist.affwild2.layout import Dataset, Unit, find_dataset
+from jmt_dist.affwild2.release import Counts
 from jmt_dist.errors import UserError
 
 TRAIN = "annotations/VA_Estimation_Challenge/Train_Set"
@@ -261,17 +263,14 @@ def test_order_does_not_depend_on_the_file_system(tmp_path: Path, monkeypatch: p
 
 def test_release_by_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real counts need real files, so a release with this tree's counts is put beside them in the table."""
-    from jmt_dist.affwild2 import layout
-
-    assert layout.RELEASES == {((356, 1_682_057), (76, 383_814), (162, 927_210)): "ABAW5+"}
     labels(tmp_path / TRAIN / "a.txt", rows=4)
     labels(tmp_path / TRAIN / "b.txt", rows=3)
     labels(tmp_path / VALIDATION / "c.txt", rows=2)
     sample(tmp_path / SAMPLE, t=5)
-    assert find_dataset(tmp_path).release == "unknown (2 train / 1 validation / 1 test units)"
-    monkeypatch.setitem(layout.RELEASES, ((2, 7), (1, 2), (1, 5)), "tiny")
+    assert find_dataset(tmp_path).release == "unknown (2 train / 1 validation / 1 test units; 7 / 2 / 5 rows)"
+    tiny = {"train": Counts(2, 7, 0), "validation": Counts(1, 2, 0), "test": Counts(1, 5)}
+    monkeypatch.setitem(release.RELEASES, "tiny", tiny)
     assert find_dataset(tmp_path).release == "tiny"
-    monkeypatch.setitem(layout.RELEASES, ((2, 7), (1, 2), (1, 5)), "tiny")
     labels(tmp_path / TRAIN / "b.txt", rows=4)  # one row more: another release
     assert find_dataset(tmp_path).release.startswith("unknown")
     put(tmp_path / "fixture.json", "{}")

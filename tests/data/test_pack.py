@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from PIL import Image
 from jmt_dist.affwild2.fixture import make_fixture
 from jmt_dist.config import FixtureOptions, FoldOptions, PackOptions, VerifyOptions
 from jmt_dist.data import pack as pack_module
+from jmt_dist.data import pack_steps as steps_module
 from jmt_dist.data.pack import pack
 from jmt_dist.data.pack_shard import global_order
 from jmt_dist.data.sample import Sample, decode_audio, parse_key
@@ -108,7 +110,7 @@ def test_a_second_run_does_nothing(tree: Path, packed: Path, tmp_path: Path, mon
 
 def test_an_interrupted_run_goes_on(packed: Path, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "s"
-    real, made_shards = pack_module.pack_shard, []
+    real, made_shards = steps_module.pack_shard, []
 
     def interrupted(task: Any) -> Any:
         if len(made_shards) == 2:
@@ -117,12 +119,12 @@ def test_an_interrupted_run_goes_on(packed: Path, tree: Path, tmp_path: Path, mo
         made_shards.append(task.name)
         return real(task)
 
-    monkeypatch.setattr(pack_module, "pack_shard", interrupted)
+    monkeypatch.setattr(steps_module, "pack_shard", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pack(options(tree, out), quiet)
     assert sorted(p.name for p in out.glob("*.tar")) == ["00000.tar", "00001.tar"] and not (out / "manifest.json").exists()
     old = ages(out)
-    monkeypatch.setattr(pack_module, "pack_shard", real)
+    monkeypatch.setattr(steps_module, "pack_shard", real)
     with pytest.raises(UserError, match="half packed"):
         pack(options(tree, out, audio="flac"), quiet)
     pack(options(tree, out), quiet)
@@ -269,7 +271,7 @@ def test_units_that_cannot_be_packed_are_left_out_and_test_units_never(tree: Pat
     found = {text: s for text, s in samples(out).items() if text.startswith("t8")}
     assert len(found) == 4 and not any(s.present.any() or decode_audio(s.audio, "wav").any() for s in found.values())
     text = (out / "pack-report.txt").read_text()
-    assert "Units left out: 3" in text and "test unit kept in spite of an error: 1" in text
+    assert "Units left out: 3" in text and re.search(r"test unit kept in spite of an error +1 ", text)
     with pytest.raises(UserError, match=r"t8\.avi cannot be read"):
         pack(options(root, tmp_path / "strict", strict=True), quiet)
     shutil.copy(tree / "batch1" / "t8.avi", root / "batch1" / "t8.avi")
@@ -329,8 +331,8 @@ def test_every_irregularity_of_the_dataset(irregular: Path, tmp_path: Path) -> N
     for pair in [
         ("rows-plus-1", "rows differ from frames"),
         ("invalid-rows", "rows marked -5"),
-        ("no-audio", "no sound"),
-        ("audio-empty", "no sound"),
+        ("no-audio", "no audio stream"),
+        ("audio-empty", "empty audio stream"),
         ("no-media", "no video file"),
         ("unreadable-media", "unreadable video file"),
         ("test-unreadable", "unreadable video file"),
@@ -362,7 +364,7 @@ def test_the_program_says_what_it_did_and_ends_with_the_path(tree: Path, tmp_pat
     for _ in range(2):  # the second run finds all done, and still tells of the omission
         done = program(f"source={root}", f"out={out}", "workers=1")
         assert done.returncode == 3 and done.stdout.splitlines()[-1] == str(out)
-        assert "  d4: it has no folder of face crops" in done.stdout
+        assert "  d4    it has no folder of face crops" in done.stdout
     assert len(open_shards(out).units) == 7
     wrong = program("source=x", "out=y", "worker=2")
     assert wrong.returncode == 2 and "Did you mean `workers`?" in wrong.stderr

@@ -1,0 +1,55 @@
+"""Everything odd that packing may meet in the dataset, by the name the report counts it under, and the rule that settles it."""
+
+from __future__ import annotations
+
+RULES: dict[str, str] = {
+    # the folder
+    "dataset folder": "packed without it",
+    "second annotation folder": "not read",
+    "several editions of a file": "the newest is read",
+    "duplicate labels": "the training set's file is taken",
+    "duplicate videos": "the first by folder and name is taken",
+    "labels of a test unit": "not read: it is a test unit",
+    "test unit not in the list": "packed as a test unit",
+    "test unit not in the sample file": "the frames of its video count",
+    "length not in a sample file": "the frames of the video are taken as rows",
+    "symbolic links": "followed",
+    "name escaped in keys": "bytes but letters, digits, _ and - as %XX",
+    "several people in one video": "each has labels and crops, all share its sound and times",
+    "several crop folders": "the first that has a frame is taken",
+    "shorter than one segment": "packed; frames past its end are black and have no label",
+    "test unit kept in spite of an error": "never left out: the challenge file needs it",
+    # labels
+    "unreadable label file": "the unit is left out",
+    "empty label file": "the unit is left out",
+    "label file without a header": "the first line is row 1",
+    "label file with CRLF": "read all the same",
+    "rows marked -5": "no label",
+    "rows that say NaN": "no label",
+    "rows outside [-1, 1]": "no label",
+    "rows differ from frames": "row i is frame i; -3 to +2 is normal, times go on at the usual interval",
+    # video and sound
+    "no video file": "silence and 30 frames per second",
+    "unreadable video file": "silence and 30 frames per second",
+    "variable frame rate": "every frame has its own timestamp",
+    "frame rate other than 30": "windows of sound end at the frames' own times",
+    "unreadable sound": "silence",
+    "no audio stream": "silence",
+    "empty audio stream": "silence",
+    "sound of another rate": "resampled to 44.1 kHz",
+    "sound of several channels": "mixed down evenly",
+    "sound offset": "moved to where its timestamps say",
+    "sound shorter than the video": "silence after its end",
+    # crops
+    "frames without a crop": "black, and 0 in present",
+    "crops outside the rows": "not used",
+    "other files in the crop folder": "not used",
+    "unreadable crops": "black, and 0 in present",
+    "crops of another size": "resized to 112 x 112 (strip mode 2)",
+    "progressive crops": "re-encoded at quality 95 (strip mode 2)",
+    "grayscale crops": "re-encoded at quality 95 (strip mode 2)",
+    "crops of another colour space or format": "re-encoded at quality 95 (strip mode 2)",
+    "crops without 4:2:0 sampling": "kept as they are; re-encoded only beside crops of another sampling",
+    "crops of other quantisation": "re-encoded at quality 95 (strip mode 2) beside crops of another",
+    "crops with Huffman tables of their own": "the same coefficients in standard tables (strip mode 1)",
+}
