@@ -43,7 +43,7 @@ def features(samples: int = 10) -> FeatureSet:
 
 
 def run(rank: int, folder: Path, world: int, stop_at: int, key: str = "k", epochs: int = 3) -> dict[str, Any]:
-    """Train in `folder`; with `stop_at` a stop is requested at that step and the run ends there."""
+    """Train in `folder`, with new objects throughout; with `stop_at` a stop is requested at that step and the run ends there."""
     from jmt_dist.train import ranks, stop
     from jmt_dist.train.stage import Stage, Surroundings, train
 
@@ -77,11 +77,17 @@ def run(rank: int, folder: Path, world: int, stop_at: int, key: str = "k", epoch
     return {"result": result, "logged": logged}
 
 
+def runs(rank: int, world: int, *each: tuple[Path, int]) -> list[dict[str, Any]]:
+    """Several runs, one after the other, in the same processes: starting one takes longer than a run."""
+    return [run(rank, folder, world, stop_at) for folder, stop_at in each]
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path: Path, world: int) -> None:
-    whole = run_ranks(world, run, tmp_path / "whole", world, 0)[0]["result"]
-    for stop_at in (1, 5, 11):  # in the first epoch between saves, in the second, in the last
-        assert all(found == {"stopped": True} for found in run_ranks(world, run, tmp_path / "parts", world, stop_at))
+    # in the first epoch between saves, in the second, in the last, then to the end in other processes
+    found = run_ranks(world, runs, world, (tmp_path / "whole", 0), *((tmp_path / "parts", stop_at) for stop_at in (1, 5, 11)))
+    assert all(part == {"stopped": True} for rank in found for part in rank[1:])
+    whole = found[0][0]["result"]
     parts = run_ranks(world, run, tmp_path / "parts", world, 0)[0]["result"]
     assert parts == whole
     weights = [load_file(tmp_path / name / "best.safetensors") for name in ("whole", "parts")]
@@ -96,8 +102,7 @@ def newest(folder: Path) -> Path:
 
 
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_used(tmp_path: Path) -> None:
-    whole = run_ranks(1, run, tmp_path / "whole", 1, 0)[0]["result"]
-    run_ranks(1, run, tmp_path / "parts", 1, 11)
+    whole = run_ranks(1, runs, 1, (tmp_path / "whole", 0), (tmp_path / "parts", 11))[0][0]["result"]
     damaged = newest(tmp_path / "parts") / "rank-00000.pt"
     data = bytearray(damaged.read_bytes())
     data[len(data) // 2] ^= 1
@@ -105,29 +110,34 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_used(tmp_path: Path)
     assert run_ranks(1, run, tmp_path / "parts", 1, 0)[0]["result"] == whole
 
 
-def refusal(rank: int, folder: Path, key: str) -> str:
-    try:
-        run(rank, folder, 1, 0, key)
-    except UserError as error:
-        return str(error)
-    return ""
-
-
-def test_checkpoints_of_another_recipe_stop_the_job(tmp_path: Path) -> None:
-    run_ranks(1, run, tmp_path, 1, 5)
-    assert "belongs to another recipe" in run_ranks(1, refusal, tmp_path, "other")[0]
-
-
-def test_a_truncated_only_checkpoint_stops_the_job_instead_of_starting_anew(tmp_path: Path) -> None:
-    run_ranks(1, run, tmp_path, 1, 1)
-    for folder in (tmp_path / "checkpoints").glob("step-*"):
+def refusals(rank: int, foreign: Path, torn: Path) -> list[str]:
+    """What is said of checkpoints with another key, and of one whose files are all cut short."""
+    run(rank, foreign, 1, 5)
+    run(rank, torn, 1, 1)
+    for folder in (torn / "checkpoints").glob("step-*"):
         (folder / "progress.json").write_bytes(b"")
-    assert "cut short" in run_ranks(1, refusal, tmp_path, "k")[0]
+    found = []
+    for folder, key in ((foreign, "other"), (torn, "k")):
+        try:
+            run(rank, folder, 1, 0, key)
+            found.append("")
+        except UserError as error:
+            found.append(str(error))
+    return found
+
+
+def test_foreign_checkpoints_and_a_truncated_only_one_stop_the_job_instead_of_starting_anew(tmp_path: Path) -> None:
+    foreign, torn = run_ranks(1, refusals, tmp_path / "foreign", tmp_path / "torn")[0]
+    assert "belongs to another recipe" in foreign and "cut short" in torn
+
+
+def twice(rank: int, folder: Path) -> list[Any]:
+    found = []
+    for _ in range(2):
+        found += [run(rank, folder, 1, 0), (folder / "best.safetensors").stat().st_mtime_ns]
+    return found
 
 
 def test_a_finished_stage_is_not_trained_again(tmp_path: Path) -> None:
-    first = run_ranks(1, run, tmp_path, 1, 0)[0]
-    before = (tmp_path / "best.safetensors").stat().st_mtime_ns
-    again = run_ranks(1, run, tmp_path, 1, 0)[0]
-    assert again["result"] == first["result"] and again["logged"] == []
-    assert (tmp_path / "best.safetensors").stat().st_mtime_ns == before
+    first, before, again, after = run_ranks(1, twice, tmp_path)[0]
+    assert again["result"] == first["result"] and again["logged"] == [] and after == before
