@@ -263,7 +263,9 @@ class PackOptions(Options):
     samples_per_shard: Positive = Field(256, description="samples per tar")
     seed: Count = Field(0, description="seed of the global sample order")
     folds: FoldOptions = Field(FoldOptions(), description="fold indexes written beside the shards")
-    workers: Positive = Field(2, description="processes")
+    workers: Positive = Field(2, description="processes, per job where site is given")
+    site: str = Field("", description="site file, as in slurm/sites/: pack by its jobs, site.parallel at a time; empty: here")
+    wait: bool = Field(True, description="with a SLURM site: wait for the jobs and print the report")
     strict: bool = Field(False, description="stop at the first input error instead of leaving the unit out")
     dry: bool = Field(False, description="only report inventory, space and time")
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,7 +100,7 @@ def keep_plan(out: Path, options: PackOptions, packed: Sequence[PackedUnit], man
         raise UserError(f"{out} is half packed from other units or with other options", f"Remove {out}, or choose another out=.")
     if manifest is not None and manifest.units != tuple(packed):
         raise UserError(f"{out} was packed from other units than {options.source} holds now", f"Remove {out}, or choose another out=.")
-    partial = path.with_name(f"{PLAN}.partial")
+    partial = path.with_name(f"{PLAN}.{socket.gethostname()}.{os.getpid()}")  # jobs of one packing may write it side by side
     partial.write_text(json.dumps(plan), encoding="utf-8")
     partial.replace(path)
 
