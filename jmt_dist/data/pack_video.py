@@ -243,6 +243,8 @@ def crop_inventory(folders: Sequence[Path], rows: int, note: Noter) -> NDArray[n
     for count, what in ((missing, "frames without a crop"), (outside, "crops outside the rows"), (odd, "other files in the crop folder")):
         if count:
             note(what, str(count) if what != "frames without a crop" else f"{count} of {rows}")
+    if len(folders) == 1 and folders[0].parent.name != "cropped_aligned":
+        note("crops in a further folder", folders[0].parent.name)
     if len(folders) > 1:
         note("several crop folders", ", ".join(folder.parent.name for folder in folders))
     return found

@@ -61,6 +61,7 @@ class PackReport:
             "omitted": self.omitted,
             "modes": dict(zip(MODES, self.modes, strict=True)),
             "kinds": dict(sorted(Counter(note.what for note in notes).items())),
+            "rules": {what: RULES.get(what, "") for what in sorted({note.what for note in notes})},
             "notes": [asdict(note) for note in notes],
             "shards": [asdict(shard) for shard in self.shards],
         }

@@ -17,6 +17,7 @@ RULES: dict[str, str] = {
     "name escaped in keys": "bytes but letters, digits, _ and - as %XX",
     "several people in one video": "each has labels and crops, all share its sound and times",
     "several crop folders": "the first that has a frame is taken",
+    "crops in a further folder": "taken from there",
     "shorter than one segment": "packed; frames past its end are black and have no label",
     "test unit kept in spite of an error": "never left out: the challenge file needs it",
     # labels
