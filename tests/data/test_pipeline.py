@@ -1,4 +1,4 @@
-"""The DALI loader against Pillow and librosa, and its order, restart and refusals."""
+"""The loader on packed samples against Pillow and librosa, and its restart with pictures and sound (order and refusals: test_epochs)."""
 
 from __future__ import annotations
 
@@ -8,20 +8,24 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import librosa
 import numpy as np
 import pytest
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from jmt_dist.config import DataOptions, FoldOptions
-from jmt_dist.data.geometry import SIZE, STRIP, WINDOW
-from jmt_dist.data.graph import MEAN, STD
+from jmt_dist.data.geometry import SIZE, STRIP
+from jmt_dist.data.graph import MEAN, MEL_MEAN, MEL_STD, STD
 from jmt_dist.data.pipeline import ClipLoader, clips
 from jmt_dist.data.sample import Sample
 from jmt_dist.data.shards import ShardSet, fold_shards
+from jmt_dist.data.strip import split
 from jmt_dist.errors import UserError
+
+from .test_spectrogram import librosa_db
 
 DATA = DataOptions(threads=1, shuffle_buffer=16)
 
@@ -46,15 +50,23 @@ def samples(shards: ShardSet) -> dict[tuple[int, ...], Sample]:
     return {tuple(sample.id[:3].tolist()): sample for sample in made}
 
 
-def mel_of(sample: Sample, n: int) -> np.ndarray:
-    """The log-mel of window n by librosa, in dB."""
-    pcm = np.frombuffer(sample.audio[44:], "<i2").astype(np.float64) / 32768
-    window = pcm[sample.ends[n] - WINDOW : sample.ends[n]]
-    power = librosa.feature.melspectrogram(
-        y=window, sr=44_100, n_fft=1024, win_length=882, hop_length=441, n_mels=64, htk=True, norm=None, center=True, pad_mode="reflect"
-    )
-    db = 10 * np.log10(np.maximum(power, 1e-10))
-    return np.maximum(db, db.max() - 80)
+def pixels(sample: Sample) -> NDArray[np.uint8]:
+    """Its 71 frames [71, 112, 112, 3], each taken out of the strip and decoded alone by Pillow."""
+    return np.stack([np.asarray(Image.open(io.BytesIO(frame)).convert("RGB")) for frame in split(sample.strip)])
+
+
+def grey_levels(frames: Tensor) -> NDArray[np.float32]:
+    return frames.numpy() * np.array(STD, np.float32) + np.array(MEAN, np.float32)
+
+
+def check_mel(mel: Tensor, sample: Sample, ends: list[int]) -> None:
+    """`mel` [n, 64, 107] is librosa's of the windows that end at `ends`."""
+    found = mel.double().numpy() * MEL_STD + MEL_MEAN
+    wanted = librosa_db(np.frombuffer(sample.audio[44:], "<i2").astype(np.int16), np.array(ends))
+    near = wanted > wanted.max(axis=(1, 2), keepdims=True) - 60
+    assert found.shape == (len(ends), 64, 107)
+    assert np.abs(found - wanted)[near].max() < 1e-3
+    assert np.abs(found - wanted).max() < 1e-2
 
 
 def test_dense_equals_pillow_and_librosa(shards: ShardSet, samples: dict[tuple[int, ...], Sample]) -> None:
@@ -64,20 +76,13 @@ def test_dense_equals_pillow_and_librosa(shards: ShardSet, samples: dict[tuple[i
         for row, ident in enumerate(batch["id"].tolist()):
             sample = samples[tuple(ident[:3])]
             seen.append(tuple(ident[:3]))
-            picture = np.asarray(Image.open(io.BytesIO(sample.strip))).reshape(STRIP, SIZE, SIZE, 3)
-            wanted = (picture[:, 1:-1].astype(np.float64) - MEAN) / STD
-            # rows at the borders of frames depend on how a decoder interpolates colour; inside, one grey level at most
-            assert np.abs(batch["frames"][row, :, 1:-1].numpy() - wanted).max() < 1.01 / min(STD)
+            # rows at the borders of frames depend on how a decoder interpolates colour
+            assert np.abs(grey_levels(batch["frames"][row])[:, 1:-1] - pixels(sample)[:, 1:-1]).max() < 1e-3
             assert np.array_equal(batch["labels"][row].numpy(), sample.va, equal_nan=True)
             for place, q in enumerate((2, 5)):
-                for j in (0, 3, 7):
-                    assert np.array_equal(batch["va"][row, place, j].numpy(), sample.va[q + 8 * j], equal_nan=True)
-                    db = batch["mel"][row, place, j].double().numpy() * 19.895 - 14.8
-                    reference = mel_of(sample, q + 8 * j)
-                    near = reference > reference.max() - 60
-                    assert db.shape == (64, 107)
-                    assert np.abs(db - reference)[near].max() < 1e-3
-                    assert np.abs(db - reference).max() < 1e-2
+                numbers = [q + 8 * j for j in (0, 3, 7)]
+                assert np.array_equal(batch["va"][row, place, [0, 3, 7]].numpy(), sample.va[numbers], equal_nan=True)
+                check_mel(batch["mel"][row, place, [0, 3, 7]], sample, sample.ends[numbers].tolist())
     assert len(seen) == len(set(seen)) == shards.samples
 
 
@@ -91,12 +96,9 @@ def test_clips_are_frames_in_order_and_no_copy() -> None:
     assert clips(frames[:1]).flatten(0, 1).is_contiguous(memory_format=torch.channels_last_3d)
 
 
-def collect(loader: ClipLoader, epochs: int) -> list[dict[str, Tensor]]:
-    return [{k: v.clone() for k, v in batch.items()} for epoch in range(epochs) for batch in loader.batches(epoch, 0)]
-
-
 def test_an_epoch_holds_every_sample_and_labels_follow_the_offset(shards: ShardSet, samples: dict[tuple[int, ...], Sample]) -> None:
     loader = ClipLoader(shards, data=DATA, batch=4, seed=3, size=32, crop=96, flip=True)
+    offsets = set()
     for epoch in range(2):
         batches = list(loader.batches(epoch, 0))
         assert len(batches) == loader.steps
@@ -107,49 +109,58 @@ def test_an_epoch_holds_every_sample_and_labels_follow_the_offset(shards: ShardS
             for row, (ident, q) in enumerate(zip(batch["id"].tolist(), batch["q"].tolist(), strict=True)):
                 wanted = samples[tuple(ident[:3])].va[[q + 8 * j for j in range(8)]]
                 assert np.array_equal(batch["va"][row].numpy(), wanted, equal_nan=True)
+                offsets.add(q)
+    assert offsets == set(range(8))
 
 
-@pytest.mark.parametrize("after", [1, 4, 9])
-def test_restart_is_exact_at_any_step(shards: ShardSet, after: int) -> None:
-    options: dict[str, Any] = {"data": DATA, "batch": 4, "seed": 7, "size": 32, "crop": 100, "flip": True}
-    whole = ClipLoader(shards, **options)
-    epoch, done = divmod(after, whole.steps)
-    before = list(islice(stream(whole, 0, 0), after))
-    state = whole.state()
-    wanted = [{k: v.clone() for k, v in b.items()} for b in islice(stream(whole, epoch, done, fresh=False), 7)]
-    again = ClipLoader(shards, **options)
-    again.restore(state)
-    found = [{k: v.clone() for k, v in b.items()} for b in islice(stream(again, epoch, done), 7)]
-    assert len(before) == after and len(found) == 7
-    for a, b in zip(wanted, found, strict=True):
-        for name in a:
-            assert torch.equal(torch.nan_to_num(a[name]), torch.nan_to_num(b[name])), name
+def place_of(found: NDArray[np.float32], picture: NDArray[np.uint8]) -> tuple[int, int, bool]:
+    """Where in a picture [112, 112, 3] a crop [96, 96, 3] was taken, and whether it was mirrored; by trying all."""
+    probe = found[40]
+    for mirrored in (False, True):
+        rows = sliding_window_view(picture, 96, axis=1)  # [112, 17, 3, 96]
+        differences = np.abs(rows - (probe[::-1] if mirrored else probe).T).max(axis=(2, 3))
+        y, x = np.unravel_index(differences.argmin(), differences.shape)
+        if differences[y, x] < 1e-3:
+            return int(y) - 40, int(x), mirrored
+    raise AssertionError("the crop is nowhere in the picture")
 
 
-def stream(loader: ClipLoader, epoch: int, done: int, fresh: bool = True) -> Any:
-    """Batches from here on, epoch after epoch."""
-    while True:
-        yield from loader.batches(epoch, done)
-        epoch, done = epoch + 1, 0
+def test_a_subsequence_is_one_temporal_crop_one_crop_and_one_flip(shards: ShardSet, samples: dict[tuple[int, ...], Sample]) -> None:
+    places = []
+    loader = ClipLoader(shards, data=DATA, batch=6, seed=3, size=96, crop=96, flip=True)
+    for batch in islice(loader.batches(), 2):
+        for row, (ident, q) in enumerate(zip(batch["id"].tolist(), batch["q"].tolist(), strict=True)):
+            sample = samples[tuple(ident[:3])]
+            pictures, found = pixels(sample)[q : q + 64], grey_levels(batch["frames"][row])
+            check_mel(batch["mel"][row], sample, sample.ends[[q + 8 * j for j in range(8)]].tolist())
+            shown = int(pictures.std(axis=(1, 2, 3)).argmax())  # frames without a picture are black
+            y, x, mirrored = place_of(found[shown], pictures[shown])
+            wanted = pictures[:, y : y + 96, x : x + 96]
+            inside = slice(1, 95)  # a frame's own border row may be the crop's first or last
+            assert np.abs(found - (wanted[:, :, ::-1] if mirrored else wanted))[:, inside].max() < 1e-3
+            places.append((y, x, mirrored))
+    assert len(set(places)) > 9 and {mirrored for *_, mirrored in places} == {False, True}
+    assert all(0 <= y <= 16 and 0 <= x <= 16 for y, x, _ in places)
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_share_the_samples(shards: ShardSet, world: int) -> None:
-    loaders = [ClipLoader(shards, data=DATA, batch=2, rank=rank, world=world, offsets=[0], streams=()) for rank in range(world)]
-    ids = [tuple(row[:3]) for loader in loaders for batch in loader.batches() for row in batch["id"].tolist()]
-    assert len(ids) == len(set(ids)) == shards.samples
-    training = [ClipLoader(shards, data=DATA, batch=2, rank=rank, world=world, streams=(), seed=1) for rank in range(world)]
-    steps = [len(list(loader.batches(0, 0))) for loader in training]
-    assert steps == [loader.steps for loader in training] and len(set(steps)) == 1
-
-
-@pytest.mark.parametrize(("change", "words"), [({"batch": 2}, "batch 4"), ({"world": 2}, "ranks 1")])
-def test_a_state_of_another_job_is_refused(shards: ShardSet, change: dict[str, int], words: str) -> None:
-    options: dict[str, Any] = {"data": DATA, "batch": 4, "streams": ()}
-    loader = ClipLoader(shards, **options)
-    next(loader.batches(0, 0))
-    with pytest.raises(UserError, match=words):
-        ClipLoader(shards, **{**options, **change}).restore(loader.state())
+def test_restart_is_exact_at_any_step(packed: Path) -> None:
+    """Frames, sound, labels and draws; in mid-epoch, at an epoch's end, in the second and the third epoch."""
+    few = fold_shards(packed, FoldOptions(), "official", "validation")
+    options: dict[str, Any] = {"data": DATA, "batch": 2, "seed": 7, "size": 32, "crop": 100, "flip": True}
+    whole, states, batches = ClipLoader(few, **options), {}, []
+    assert whole.steps == 4
+    for after in range(1, 14):
+        batch = next(whole.batches(whole.epoch, whole.done))
+        batches.append({name: value.clone() for name, value in batch.items()})
+        states[after] = whole.state()
+    for after in (1, 4, 6, 9):
+        again = ClipLoader(few, **options)
+        again.restore(states[after])
+        assert (again.epoch, again.done) == divmod(after, 4)
+        for wanted in batches[after : after + 4]:
+            found = next(again.batches(again.epoch, again.done))
+            for name in wanted:
+                assert torch.equal(torch.nan_to_num(wanted[name]), torch.nan_to_num(found[name])), name
 
 
 def test_more_ranks_than_samples_are_refused(shards: ShardSet) -> None:
