@@ -112,7 +112,7 @@ def disk_errors(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         place = error.filename if isinstance(error.filename, str) else str(out)
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # None: NumPy, which says only how much was written
         remedy = "Free some space" if full else "Check the folder, its permissions and whether its file system is mounted writable"
         raise UserError(f"{place}: {error.strerror or error}", f"{remedy}; the same command goes on where it stopped.") from None
 
