@@ -98,6 +98,13 @@ def test_output_does_not_depend_on_the_number_of_workers(packed: Path, tree: Pat
     assert not (tmp_path / "s" / ".work").exists()
 
 
+def test_packing_keeps_no_sound_mapped(packed: Path, tree: Path, tmp_path: Path) -> None:
+    """A worker passes over the sound of the whole dataset: mappings that it keeps would count as its memory."""
+    pack(options(tree, tmp_path / "s", workers=1), quiet)
+    assert contents(tmp_path / "s") == contents(packed)
+    assert "pcm.npy" not in Path("/proc/self/maps").read_text()
+
+
 def test_a_second_run_does_nothing(tree: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "s"
     shutil.copytree(packed, out)
