@@ -120,6 +120,17 @@ def test_a_state_at_the_end_of_a_rest_restores_to_the_next_epoch(shards: ShardSe
     assert equal(run(again, 4), run(first, 4))
 
 
+def test_ranks_and_epochs_draw_their_own_offsets(shards: ShardSet) -> None:
+    states, _ = interrupted(shards, 3, 2, 4)
+    drawn = []
+    for each in job(shards, 2, 3):
+        each.redivide(states)
+        offsets = [q for read in run(each, each.steps - each.done + 5) for q in read["q"].tolist()]
+        drawn += [tuple(offsets[:15]), tuple(offsets[-15:])]
+    drawn.append(tuple(q for read in run(loader(shards), 5) for q in read["q"].tolist()))
+    assert {len(offsets) for offsets in drawn} == {15} and len(set(drawn)) == 5
+
+
 def test_the_temporary_indexes_live_as_long_as_the_rest(shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     states, _ = interrupted(shards, 1, 6, 5)
