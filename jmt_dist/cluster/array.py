@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -60,7 +61,8 @@ def _run_here(place: Site, jobs: Path, snapshot: str, steps: Steps) -> None:
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [snapshot, os.environ.get("PYTHONPATH")]))
     last: list[Job[Any]] = []
     for step, calls in steps:
-        waiting, running, last = list(enumerate(calls)), [], []
+        waiting, last = list(enumerate(calls)), []
+        running: list[subprocess.Popen[bytes]] = []
         print(f"{step}: {len(calls)} job(s), at most {place.parallel} at a time, logs in {jobs}", flush=True)
         try:
             while waiting or running:

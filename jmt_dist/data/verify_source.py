@@ -82,8 +82,12 @@ def _decodable(source: bytes) -> bool:
 def _crop(unit: Unit, frame: int) -> bytes | None:
     for folder in unit.crops:
         path = folder / f"{frame:05d}.jpg"
-        if path.is_file():
+        try:
             return path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError:
+            return b""  # there, but no decoder would take it
     return None
 
 
