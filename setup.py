@@ -58,5 +58,7 @@ setup(
             "types-PyYAML",
         ],
         "postgres": ["psycopg2-binary>=2.9"],
+        # what benchmarks/bench_loader.py compares with; mosaicml-streaming asks for numpy < 2.2: an environment of its own
+        "bench": ["litdata==0.2.76", "mosaicml-streaming==0.13.0", "simplejpeg==1.9.0", "librosa>=0.10"],
     },
 )
