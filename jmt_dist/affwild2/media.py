@@ -101,8 +101,10 @@ def median_interval(timestamps: NDArray[np.float64]) -> float:
     return float(np.median(steps)) if len(steps) else 1 / FALLBACK_FPS
 
 
-def read_audio(path: Path, rate: int = RATE) -> NDArray[np.int16] | None:
+def read_audio(path: Path, rate: int = RATE, until: float = LONGEST) -> NDArray[np.int16] | None:
     """The sound of a file as int16 mono [samples] at `rate`, sample 0 at the common zero; None if it has none.
+
+    Reading stops at the first packet past `until` seconds.
 
     Channels are mixed down evenly. Each run of samples lies where its timestamps say: what starts late or
     is interrupted is padded with silence, what lies before zero is cut. Damaged packets become silence.
@@ -124,6 +126,8 @@ def read_audio(path: Path, rate: int = RATE) -> NDArray[np.int16] | None:
                 continue
             for frame in frames:
                 track.add(frame, None if frame.pts is None else float(frame.pts * frame.time_base) - zero)
+            if track.end > until:
+                break
         samples = track.finish()
         if not len(samples) and broken:
             raise MediaError(f"the audio of {path} cannot be decoded", "Copy the file again from the dataset as shipped.")

@@ -82,12 +82,15 @@ def _sound(units: Sequence[Unit], audio: AudioKind) -> _Sound:
         start = time.perf_counter()
         try:
             times = frame_timestamps(unit.media)
-            pcm = read_audio(unit.media)
+            indexed = time.perf_counter() - start
+            pcm = read_audio(unit.media, until=2 * EXCERPT / RATE)  # not the whole: packing decodes a container once
         except MediaError:
             continue
-        found.reading += time.perf_counter() - start
+        length = len(times) * median_interval(times)
+        decoded = time.perf_counter() - start - indexed
+        found.reading += indexed + decoded * max(1.0, length * RATE / max(1, len(pcm) if pcm is not None else 0, EXCERPT))
         found.interval += median_interval(times)
-        found.length += len(times) * median_interval(times)
+        found.length += length
         found.videos += 1
         if pcm is not None:
             start = time.perf_counter()

@@ -49,6 +49,14 @@ def test_a_click_is_heard_when_it_was_made(
     assert len(sound) / RATE == pytest.approx(2, abs=0.05)
 
 
+def test_reading_may_stop_early(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(-9000, 9000, (3 * RATE, 1)).astype(np.int16)
+    path = write(tmp_path / "a.avi", times=STEADY, codec="mpeg4", clock=25, sound=noise, audio_codec="pcm_s16le")
+    part = read_audio(path, until=1.0)
+    assert part is not None and RATE < len(part) < 1.2 * RATE
+    np.testing.assert_array_equal(part, noise[: len(part), 0])
+
+
 @pytest.mark.parametrize("name", ["a.mkv", "a.mp4"])
 @pytest.mark.parametrize(("video_start", "audio_start"), [(0.0, 0.5), (0.5, 0.0), (0.0, 0.0), (1.0, 1.2)])
 def test_offset_between_the_streams(tmp_path: Path, name: str, video_start: float, audio_start: float) -> None:

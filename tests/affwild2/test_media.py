@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 
-from jmt_dist.affwild2.media import RATE, MediaError, end_samples, fallback_timestamps, frame_timestamps
+from jmt_dist.affwild2.media import RATE, MediaError, end_samples, fallback_timestamps, frame_timestamps, sound_stream
 from tests.affwild2.containers import STEADY, click, pictures, write
 
 
@@ -64,6 +64,19 @@ def test_an_audio_file_has_no_frames(tmp_path: Path) -> None:
     path = write(tmp_path / "a.mkv", sound=click(1, 0.5, RATE), audio_codec="pcm_s16le")
     with pytest.raises(MediaError, match="no video stream"):
         frame_timestamps(path)
+
+
+@pytest.mark.parametrize(("channels", "audio_start"), [(1, 0.4), (2, 0.0)])
+def test_a_sound_stream_as_declared(tmp_path: Path, channels: int, audio_start: float) -> None:
+    sound = np.ones((16_000, channels), np.int16)
+    path = write(tmp_path / "a.mkv", times=STEADY, sound=sound, audio_codec="pcm_s16le", rate=16_000, audio_start=audio_start)
+    stream = sound_stream(path)
+    assert stream is not None and (stream.rate, stream.channels) == (16_000, channels)
+    assert stream.start == pytest.approx(audio_start, abs=2e-3)
+    assert sound_stream(write(tmp_path / "mute.mkv", times=STEADY)) is None
+    (tmp_path / "rubbish.mp4").write_bytes(b"rubbish" * 99)
+    with pytest.raises(MediaError, match="cannot be read"):
+        sound_stream(tmp_path / "rubbish.mp4")
 
 
 def test_end_samples_inside_and_beyond() -> None:

@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 from jmt_dist.affwild2.fixture import make_fixture
+from jmt_dist.affwild2.release import RELEASES, Counts
 from jmt_dist.config import FixtureOptions, FoldOptions, PackOptions, VerifyOptions
 from jmt_dist.data import pack as pack_module
 from jmt_dist.data import pack_steps as steps_module
@@ -284,6 +285,28 @@ def test_units_that_cannot_be_packed_are_left_out_and_test_units_never(tree: Pat
     shutil.copy(tree / "batch1" / "t8.avi", root / "batch1" / "t8.avi")
     with pytest.raises(UserError, match="unit d4 cannot be packed"):
         pack(options(root, tmp_path / "strict", strict=True), quiet)
+
+
+def test_a_release_is_named_only_if_units_rows_and_rows_marked_5_are_its_own(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real counts need real files, so a release with this tree's counts is put beside the real one."""
+    root = tmp_path / "tree"
+    shutil.copytree(tree, root)
+    bad = root / made.LABELS / "Train_Set" / "a1.txt"
+    lines = bad.read_text().splitlines()
+    bad.write_text("\n".join([*lines[:50], "-5,-5", "-5.0,-5", *lines[52:]]) + "\n")
+    units, rows = {"train": 5, "validation": 2, "test": 1}, {"train": 482, "validation": 85, "test": 45}
+    for marked, release in ((2, "tiny"), (3, "unknown (units and rows of tiny, but rows marked -5: 2 instead of 3 in train)")):
+        known = {"train": marked, "validation": 0, "test": None}
+        monkeypatch.setitem(RELEASES, "tiny", {split: Counts(units[split], rows[split], known[split]) for split in units})
+        out = tmp_path / f"s{marked}"
+        packed = pack(options(root, out), quiet)
+        assert packed.manifest is not None and packed.manifest.release == release == open_shards(out).release
+        assert (out / "pack-report.txt").read_text().startswith(f"Packed release {release} from ")
+        assert json.loads((out / "pack-report.json").read_text())["counts"]["train"] == {
+            "units": 5, "rows": 482, "labelled rows": 480, "rows -5": 2, "samples": 24
+        }  # fmt: skip
 
 
 def test_unreadable_crops_are_black_and_reported(tree: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -138,5 +139,13 @@ def test_a_slurm_array_makes_the_same_bytes(packed: Path, tree: Path, tmp_path: 
     root = tmp_path / "tree"
     shutil.copytree(tree, root)
     shutil.rmtree(root / "cropped_aligned" / "d4")
-    done = program(f"source={root}", f"out={tmp_path / 'o'}", *words)
+    words += [f"source={root}", f"out={tmp_path / 'o'}"]
+    done = program(*words, "wait=false")
+    assert done.returncode == 0 and "submitted: " in done.stdout, done.stderr
+    again = program(*words)
+    assert again.returncode == 1 and ("still in the queue" in again.stderr or "being packed" in again.stderr), again.stderr
+    deadline = time.monotonic() + 120
+    while done.returncode != 3 and time.monotonic() < deadline:
+        time.sleep(2)
+        done = program(*words)
     assert done.returncode == 3 and "d4    it has no folder of face crops" in done.stdout, done.stdout + done.stderr
