@@ -81,6 +81,7 @@ class _Found:
     crops: list[Path] = field(default_factory=list)
     test_lists: list[Path] = field(default_factory=list)
     sample_files: list[Path] = field(default_factory=list)
+    closed: list[Path] = field(default_factory=list)  # folders that cannot be listed, lost+found say
 
 
 def find_dataset(root: Path) -> Dataset:
@@ -94,7 +95,7 @@ def find_dataset(root: Path) -> Dataset:
         raise UserError(f"there is no folder {root}", "Give the folder that holds batch1, cropped_aligned and annotations.")
     found = _Found()
     _walk(root, root, 0, found)
-    problems: list[Problem] = []
+    problems = [Problem("", f"{_short(root, path)} cannot be listed", "folder that cannot be listed") for path in found.closed]
     labels = _labels(root, found, problems)
     test, sample_file = _test_units(root, found, problems)
     if not labels and not test:
@@ -184,7 +185,10 @@ def _walk(root: Path, folder: Path, depth: int, found: _Found) -> None:
             if folder not in found.annotations and not other and _label_files(path):
                 found.annotations.append(folder)
         elif depth + 1 < DEPTH and not name.startswith("cropped"):
-            _walk(root, path, depth + 1, found)
+            try:
+                _walk(root, path, depth + 1, found)
+            except UserError:
+                found.closed.append(path)
 
 
 def _label_files(folder: Path) -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 RULES: dict[str, str] = {
     # the folder
     "dataset folder": "packed without it",
+    "folder that cannot be listed": "not looked into",
     "second annotation folder": "not read",
     "several editions of a file": "the newest is read",
     "duplicate labels": "the training set's file is taken",

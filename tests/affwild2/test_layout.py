@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -259,6 +260,27 @@ def test_order_does_not_depend_on_the_file_system(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(os, "scandir", Reversed)
     assert find_dataset(tmp_path) == straight
     assert [u.name for u in straight.units] == ["1-30-1x1", "10", "9", "video2"]
+
+
+def test_a_folder_that_may_not_be_listed_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lost+found of a mounted disk belongs to root; the root of the dataset itself must be readable."""
+    labels(tmp_path / TRAIN / "a.txt", rows=4)
+    (tmp_path / "lost+found").mkdir()
+    real = os.scandir
+
+    def guarded(path: Path) -> object:
+        if Path(path).name in ("lost+found", forbidden):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    forbidden = ""
+    monkeypatch.setattr(os, "scandir", guarded)
+    dataset = find_dataset(tmp_path)
+    assert [u.name for u in dataset.units] == ["a"]
+    assert any(p.what == "folder that cannot be listed" and "lost+found" in p.sentence for p in dataset.problems)
+    forbidden = tmp_path.name
+    with pytest.raises(UserError, match="cannot be listed: Permission denied"):
+        find_dataset(tmp_path)
 
 
 def test_release_by_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

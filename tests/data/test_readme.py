@@ -23,7 +23,7 @@ def commands() -> list[str]:
 def run(command: str, tree: Path, work: Path) -> subprocess.CompletedProcess[str]:
     text = command.replace("/data/Aff-Wild2", str(tree)).replace("/data/shards", str(work / "shards")).replace("runs/", f"{work}/")
     text = text.replace("sheet.png", str(work / "sheet.png")).replace("mycluster.yaml site.parallel=8", "local.yaml site.parallel=2")
-    words = shlex.split(text.replace("--workers 16", "--workers 1"))
+    words = shlex.split(text.replace("--workers 16", "--workers 2"))
     return subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
