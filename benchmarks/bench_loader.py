@@ -32,9 +32,10 @@ class LoaderBench(Options):
     units: Positive = Field(24, ge=6, description="units of the fixture (folds need six)")
     rows: Positive = Field(1024, description="frames per unit; 64 of them make a sample")
     rounds: Positive = Field(7, description="rounds; every loader runs once in each")
-    batch: Positive = Field(8, description="samples per batch")
+    batch: Positive = Field(16, description="samples per batch")
     skip: Positive = Field(4, description="batches at the start of an epoch that are not timed: queues fill")
-    cores: Positive = Field(2, description="processor cores; workers and DALI threads are as many")
+    cores: Positive = Field(2, description="processor cores; the peers' worker processes are as many")
+    threads: Positive = Field(2, description="threads of our DALI pipeline, on the same cores")
     checked: Positive = Field(48, description="samples of each loader that are held against the reference")
     audio: AudioKind = Field("wav", description="sound in our shards; the peers' formats hold PCM")
     loaders: list[str] = Field(list(SIDES), description="which loaders run")
@@ -50,7 +51,7 @@ def bench(options: LoaderBench, out: Path) -> Result:
     source = fixture(out, options.units, options.rows, options.cores)
     manifest = packed(source, options.audio, options.cores)
     loose = loose_samples(source, manifest, source.with_name(f"{source.name}-clips"))
-    setting = Setting(manifest, loose, out, options.batch, options.cores)
+    setting = Setting(manifest, loose, out, options.batch, options.cores, options.threads)
     reference = Reference(source, manifest, options.checked)
     sides = {name: _prepared(name, setting) for name in options.loaders}
     for name, epochs in sides.items():

@@ -35,13 +35,14 @@ CHUNK_SAMPLES = 32  # samples per file of the peers' formats, as in our tars her
 
 @dataclass(frozen=True)
 class Setting:
-    """What a loader is built from. `out` is a folder for its own format."""
+    """What a loader is built from. `out` is a folder for its own format; `threads` are DALI's, `workers` the peers' processes."""
 
     manifest: Manifest
     loose: list[Loose]
     out: Path
     batch: int
     workers: int
+    threads: int
 
     @property
     def chunk(self) -> int:
@@ -55,7 +56,7 @@ def ours(setting: Setting) -> Epochs:
     tars = tuple(manifest.folder / shard.name for shard in manifest.shards)
     indexes = tuple(manifest.folder / shard.index for shard in manifest.shards)
     shards = ShardSet(tars, indexes, manifest.samples, manifest.hash, "")
-    loader = ClipLoader(shards, data=DataOptions(threads=setting.workers), batch=setting.batch)
+    loader = ClipLoader(shards, data=DataOptions(threads=setting.threads), batch=setting.batch)
     epochs = itertools.count()
     return lambda: loader.batches(next(epochs))
 
