@@ -79,18 +79,22 @@ def sound_stream(path: Path) -> SoundStream | None:
         return SoundStream(stream.codec_context.sample_rate or 0, stream.codec_context.channels or 0, start)
 
 
-def end_samples(timestamps: NDArray[np.float64], frames: NDArray[np.int64], rate: int = RATE) -> NDArray[np.int64]:
+def end_samples(
+    timestamps: NDArray[np.float64], frames: NDArray[np.int64], rate: int = RATE, interval: float | None = None
+) -> NDArray[np.int64]:
     """Audio sample index, any shape as `frames`, of each source frame's timestamp.
 
     `timestamps` [F] in seconds, F >= 1; `frames` count from 1 and may lie before 1 or past F: there time
     continues at the median interval (DESIGN section 4), so an index may be negative. A clip's audio is the
-    `data.geometry.WINDOW` samples before its index.
+    `data.geometry.WINDOW` samples before its index. `interval` is that median where the caller knows it: finding
+    it takes the whole of `timestamps`.
     """
     if not len(timestamps):
         raise ValueError("a unit without timestamps has no time")
+    interval = median_interval(timestamps) if interval is None else interval
     count = len(timestamps)
     inside = np.clip(frames, 1, count)
-    seconds = timestamps[inside - 1] + (frames - inside) * median_interval(timestamps)
+    seconds = timestamps[inside - 1] + (frames - inside) * interval
     return np.rint(seconds * rate).astype(np.int64)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from jmt_dist.affwild2.media import median_interval
 from jmt_dist.data.crop_kinds import count_kinds
 from jmt_dist.data.geometry import samples_of, strip_frames
 from jmt_dist.data.pack_video import gone, video_folder
@@ -117,7 +118,8 @@ def pack_shard(task: ShardTask) -> ShardResult:
 
 
 def _write_shard(task: ShardTask, partial: Path) -> ShardResult:
-    _array.cache_clear()  # what lay at these paths in an earlier run of this process is gone
+    for known in (_array, _interval):
+        known.cache_clear()  # what lay at these paths in an earlier run of this process is gone
     sources = {source.index: source for source in task.sources}
     modes = [0, 0, 0]
     frames = black = 0
@@ -155,7 +157,8 @@ def make_sample(work: Path, source: Source, m: int, p: int, audio: AudioKind) ->
     files = [_crop(source, crops, int(frame)) for frame in frames]
     strip = make_strip(files)
     # mapped anew for each sample: pages of a mapping that is kept count as memory of the process, 9 GB for the whole dataset
-    pcm, ends = audio_of(np.load(f"{folder}/pcm.npy", mmap_mode="r"), _array(f"{folder}/times.npy"), m, p)
+    pcm = np.load(f"{folder}/pcm.npy", mmap_mode="r")
+    pcm, ends = audio_of(pcm, _array(f"{folder}/times.npy"), m, p, _interval(f"{folder}/times.npy"))
     present = np.array(strip.present, np.uint8)
     identity = np.array([source.index, m, p, strip.mode], np.int32)
     sample = Sample(strip.data, encode_audio(pcm, audio), audio, ends, labels_of(va, m, p), present, identity)
@@ -183,3 +186,8 @@ def _crop(source: Source, crops: NDArray[np.uint8], frame: int) -> bytes | None:
 @lru_cache(maxsize=4096)
 def _array(path: str) -> NDArray[Any]:  # samples of a unit are spread over all shards: each is mapped once per process
     return np.load(path, mmap_mode="r")
+
+
+@lru_cache(maxsize=4096)
+def _interval(path: str) -> float:  # once per video: found anew for each sample, a unit of N frames would take N^2
+    return median_interval(_array(path))

@@ -116,13 +116,15 @@ def labels_of(va: NDArray[np.float32], m: int, p: int) -> NDArray[np.float32]:
     return found
 
 
-def audio_of(pcm: NDArray[np.int16], timestamps: NDArray[np.float64], m: int, p: int) -> tuple[NDArray[np.int16], NDArray[np.int32]]:
+def audio_of(
+    pcm: NDArray[np.int16], timestamps: NDArray[np.float64], m: int, p: int, interval: float | None = None
+) -> tuple[NDArray[np.int16], NDArray[np.int32]]:
     """(audio, ends [64]) of sample (m, p): all of `pcm` that its 64 windows cover, silence where there is none.
 
     `pcm` is a video's int16 mono sound with sample 0 at second 0 of `timestamps` [F]. Window n is
-    audio[ends[n] - WINDOW : ends[n]], and WINDOW <= ends[n] <= len(audio).
+    audio[ends[n] - WINDOW : ends[n]], and WINDOW <= ends[n] <= len(audio). `interval` as in `end_samples`.
     """
-    stops = end_samples(timestamps, end_frames(m, p))
+    stops = end_samples(timestamps, end_frames(m, p), interval=interval)
     start, stop = int(stops.min()) - WINDOW, int(stops.max())
     audio = np.zeros(stop - start, np.int16)
     first, last = max(start, 0), min(stop, len(pcm))

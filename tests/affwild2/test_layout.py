@@ -225,8 +225,6 @@ def test_crop_folders_are_not_entered(tmp_path: Path, monkeypatch: pytest.Monkey
     labels(tmp_path / TRAIN / "a.txt")
     put(tmp_path / "cropped_aligned/a/00001.jpg")
     put(tmp_path / "cropped/a/00001.jpg")
-    import os
-
     listed: list[str] = []
     scandir = os.scandir
     monkeypatch.setattr(os, "scandir", lambda folder: (listed.append(os.path.relpath(folder, tmp_path)), scandir(folder))[1])
@@ -241,8 +239,6 @@ def test_order_does_not_depend_on_the_file_system(tmp_path: Path, monkeypatch: p
         for batch in ("batch1", "batch2"):
             put(tmp_path / batch / f"{unit}.mp4")
     labels(tmp_path / "annotations/VA_Set/Train_Set/9.txt")
-    import os
-
     straight = find_dataset(tmp_path)
     scandir = os.scandir
 

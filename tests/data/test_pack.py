@@ -19,10 +19,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jmt_dist.affwild2 import media as media_module
 from jmt_dist.affwild2.fixture import make_fixture
 from jmt_dist.affwild2.release import RELEASES, Counts
 from jmt_dist.config import FixtureOptions, FoldOptions, PackOptions, VerifyOptions
 from jmt_dist.data import pack as pack_module
+from jmt_dist.data import pack_shard as shard_module
 from jmt_dist.data import pack_steps as steps_module
 from jmt_dist.data.pack import pack
 from jmt_dist.data.pack_shard import global_order
@@ -104,6 +106,16 @@ def test_packing_keeps_no_sound_mapped(packed: Path, tree: Path, tmp_path: Path)
     pack(options(tree, tmp_path / "s", workers=1), quiet)
     assert contents(tmp_path / "s") == contents(packed)
     assert "pcm.npy" not in Path("/proc/self/maps").read_text()
+
+
+def test_no_sample_costs_a_pass_over_its_unit(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The median interval takes all of a video's timestamps: once for each video, not for each of its samples."""
+    calls: list[int] = []
+    real = shard_module.median_interval
+    monkeypatch.setattr(shard_module, "median_interval", lambda times: [calls.append(len(times)), real(times)][1])
+    monkeypatch.setattr(media_module, "median_interval", lambda times: pytest.fail("asked for a sample"))
+    pack(options(tree, tmp_path / "s", samples_per_shard=64), quiet)
+    assert sorted(calls) == sorted(ROWS.values())
 
 
 def test_a_second_run_does_nothing(tree: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
