@@ -183,5 +183,10 @@ class FeatureLoader:
         if state != self.state():
             raise UserError(f"the saved order was made for {state}, now {self.state()}", "Resume with the same features and batch.")
 
+    def redivide(self, states: Sequence[dict[str, Any]]) -> None:
+        """The same as `restore`: the order does not depend on the number of ranks, so the rest of an epoch divides by itself."""
+        for state in states:
+            self.restore(state)
+
 
 __all__ = ["FeatureLoader", "FeatureSet", "FeatureWriter", "epoch_order", "read_features", "write_description"]

@@ -63,11 +63,15 @@ def _sync(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Saved:
-    """What a checkpoint holds beside the engine: progress of the loop and state of the loader, and the folder it came from."""
+    """What a checkpoint holds beside the engine: progress of the loop, states of the loader, and the folder it came from.
+
+    `loaders` is this rank's own state, or those of all ranks that wrote it where their number was another.
+    """
 
     progress: dict[str, Any]
-    loader: dict[str, Any]
+    loaders: list[dict[str, Any]]
     folder: Path
+    same_world: bool
 
 
 class Checkpoints:
@@ -100,7 +104,7 @@ class Checkpoints:
             return False
         barrier()
         if rank() == 0:
-            self._publish(part, final, step)
+            self._publish(part, final, step, engine.zero_optimization_stage())
         barrier()
         return True
 
@@ -112,12 +116,12 @@ class Checkpoints:
         if rank() == 0:
             (part / "progress.json").write_text(json.dumps(progress))
 
-    def _publish(self, part: Path, final: Path, step: int) -> None:
+    def _publish(self, part: Path, final: Path, step: int, zero: int) -> None:
         files = {}
         for path in sorted(p for p in part.rglob("*") if p.is_file()):
             _sync(path)
             files[str(path.relative_to(part))] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
-        manifest = {"version": 1, "key": self.key, "world": world(), "step": step, "files": files}
+        manifest = {"version": 1, "key": self.key, "world": world(), "zero": zero, "step": step, "files": files}
         (part / "manifest.json").write_text(json.dumps(manifest, indent=1))
         _sync(part / "manifest.json")
         _sync(part)
@@ -134,8 +138,8 @@ class Checkpoints:
             return "it has no readable manifest"
         if manifest["key"] != self.key:
             return "it belongs to another recipe, fold or dataset"
-        if manifest["world"] != world():
-            return f"it was written by {manifest['world']} ranks and this job has {world()}"
+        if manifest["world"] != world() and manifest["zero"] > 0:  # each rank holds a part of the optimiser's state
+            return f"it was written by {manifest['world']} ranks under engine.zero={manifest['zero']} and this job has {world()}"
         for name, file in manifest["files"].items():
             path = folder / name
             if not path.is_file() or path.stat().st_size != file["bytes"]:
@@ -177,12 +181,16 @@ class Checkpoints:
         loaded, _ = engine.load_checkpoint(str(folder), tag=ENGINE)
         if loaded is None:
             raise UserError(f"DeepSpeed could not load {folder}", "Move the folder away to use the checkpoint before it.")
-        own = torch.load(folder / f"rank-{rank():05d}.pt", map_location="cpu", weights_only=True)
-        buffers: dict[str, torch.Tensor] = dict(engine.module.named_buffers())
-        for buffer, value in own["buffers"].items():
-            buffers[buffer].copy_(value)
-        _restore_random_state(own["random"], self.device)
-        return Saved(json.loads((folder / "progress.json").read_text()), own["loader"], folder)
+        writers = int(json.loads((folder / "manifest.json").read_text())["world"])
+        same = writers == world()
+        wanted = [rank()] if same else range(writers)
+        parts = [torch.load(folder / f"rank-{number:05d}.pt", map_location="cpu", weights_only=True) for number in wanted]
+        for name, buffer in engine.module.named_buffers():
+            values = torch.stack([part["buffers"][name] for part in parts])
+            buffer.copy_(values.mean(0) if buffer.is_floating_point() else values[0])
+        if same:
+            _restore_random_state(parts[0]["random"], self.device)
+        return Saved(json.loads((folder / "progress.json").read_text()), [part["loader"] for part in parts], folder, same)
 
 
 def full_weights(engine: Any) -> dict[str, torch.Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,6 +39,9 @@ class Loader(Protocol):
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a position."""
+
+    def redivide(self, states: Sequence[dict[str, Any]]) -> None:
+        """Continue from where a job of another number of ranks stopped, given the states of all its ranks."""
 
 
 @dataclass(frozen=True)
@@ -159,9 +162,14 @@ class Trainer:
         saved = self.checkpoints.load(self.engine)
         if saved is not None:
             self.progress = Progress(**saved.progress)
-            self.stage.loader.restore(saved.loader)
+            if saved.same_world:
+                self.stage.loader.restore(saved.loaders[0])
+            else:  # the batch is that of all ranks together, so steps done stay steps done
+                self.stage.loader.redivide(saved.loaders)
+                torch.manual_seed(derive_seed("dropout", self.stage.seed, rank(), self.progress.step))
             if rank() == 0:
-                print(f"{self.stage.name}: goes on from {saved.folder}", flush=True)
+                how = "" if saved.same_world else f", written by {len(saved.loaders)} ranks: the rest of the epoch is divided anew"
+                print(f"{self.stage.name}: goes on from {saved.folder}{how}", flush=True)
 
     def _epoch(self) -> None:
         self.engine.train()

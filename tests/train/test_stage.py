@@ -24,9 +24,10 @@ CPU = torch.device("cpu")
 class Net(nn.Module):
     """Has what makes restarts hard: dropout and running statistics."""
 
-    def __init__(self) -> None:
+    def __init__(self, plain: bool) -> None:
         super().__init__()
-        self.norm, self.drop, self.out = nn.BatchNorm1d(512), nn.Dropout(0.3), nn.Linear(512, 2)
+        self.norm, self.drop = (nn.Identity(), nn.Identity()) if plain else (nn.BatchNorm1d(512), nn.Dropout(0.3))
+        self.out = nn.Linear(512, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.out(self.drop(self.norm(x.flatten(0, 1)))).unflatten(0, x.shape[:2])
@@ -42,7 +43,7 @@ def features(samples: int = 10) -> FeatureSet:
     return FeatureSet(visual, visual, labels, ident, tuple(range(8)))
 
 
-def run(rank: int, folder: Path, world: int, stop_at: int, key: str = "k", epochs: int = 3) -> dict[str, Any]:
+def run(rank: int, folder: Path, world: int, stop_at: int, key: str = "k", *, plain: bool = False, zero: int = 0) -> dict[str, Any]:
     """Train in `folder`, with new objects throughout; with `stop_at` a stop is requested at that step and the run ends there."""
     from jmt_dist.train import ranks, stop
     from jmt_dist.train.stage import Stage, Surroundings, train
@@ -61,15 +62,17 @@ def run(rank: int, folder: Path, world: int, stop_at: int, key: str = "k", epoch
             stop.request("test")
 
     stage = Stage(
-        name="toy", folder=folder, key=key, model=Net(), micro_batch=4 // world, seed=5,
-        options=TrainOptions(optimizer=OptimizerOptions(lr=0.02), batch=4, max_epochs=epochs, patience=9, save_steps=2),
+        name="toy", folder=folder, key=key, model=Net(plain), micro_batch=4 // world, seed=5,
+        options=TrainOptions(optimizer=OptimizerOptions(lr=0.02), batch=4, max_epochs=3, patience=9, save_steps=2),
         loader=FeatureLoader(made, batch=4, passes=2, seed=5, rank=rank, ranks=world),
         predict=lambda net, batch, draw: (net(batch["visual"]), batch["va"]),
         validation=validation,
         validate=lambda net, batch: (net(batch["visual"]), batch["va"]),
     )  # fmt: skip
     logged: list[tuple[str, int, float]] = []
-    around = Surroundings(EngineOptions(precision="fp32"), CPU, lambda m, s: logged.extend((k, s, v) for k, v in m.items()), status)
+    around = Surroundings(
+        EngineOptions(precision="fp32", zero=zero), CPU, lambda m, s: logged.extend((k, s, v) for k, v in m.items()), status
+    )
     try:
         result = train(stage, around)
     except stop.Stopped:
@@ -141,3 +144,27 @@ def twice(rank: int, folder: Path) -> list[Any]:
 def test_a_finished_stage_is_not_trained_again(tmp_path: Path) -> None:
     first, before, again, after = run_ranks(1, twice, tmp_path)[0]
     assert again["result"] == first["result"] and again["logged"] == [] and after == before
+
+
+def plain(rank: int, world: int, folder: Path, stop_at: int, zero: int = 0) -> Any:
+    """One run of the net whose result does not depend on how a batch is divided."""
+    try:
+        return run(rank, folder, world, stop_at, plain=True, zero=zero)
+    except UserError as error:
+        return str(error)
+
+
+def test_another_number_of_ranks_goes_on_without_losing_or_repeating_a_sample(tmp_path: Path) -> None:
+    whole = run_ranks(1, plain, 1, tmp_path / "whole", 0)[0]["result"]
+    run_ranks(2, plain, 2, tmp_path / "parts", 4)
+    parts = run_ranks(1, plain, 1, tmp_path / "parts", 0)[0]["result"]
+    assert parts["steps"] == whole["steps"] == 18
+    np.testing.assert_allclose(parts["scores"], whole["scores"], atol=1e-5)
+    weights = [load_file(tmp_path / name / "best.safetensors") for name in ("whole", "parts")]
+    for name in weights[0]:
+        torch.testing.assert_close(weights[0][name], weights[1][name], atol=1e-5, rtol=0)
+
+
+def test_another_number_of_ranks_is_refused_where_zero_has_divided_the_optimiser(tmp_path: Path) -> None:
+    run_ranks(2, plain, 2, tmp_path, 4, 1)
+    assert "written by 2 ranks under engine.zero=1 and this job has 1" in run_ranks(1, plain, 1, tmp_path, 0, 1)[0]
