@@ -24,11 +24,36 @@ def folds(rank: int, folder: Path, precision: str) -> tuple[dict[str, int], dict
     return fold(folder, precision), fold(folder, precision)
 
 
+def stopped(rank: int, folder: Path, precision: str) -> str:
+    """The fold, asked to stop after the first step of its visual stage."""
+    from jmt_dist.train import report, stop
+
+    progress = report.Status.progress
+
+    def ask(self: report.Status, **values: object) -> None:
+        progress(self, **values)
+        if values["step"] == 1:
+            stop.request("test")
+
+    report.Status.progress = ask  # type: ignore[method-assign]
+    try:
+        fold(folder, precision)
+    except stop.Stopped as reason:
+        return str(reason)
+    return ""
+
+
 def fold(folder: Path, precision: str) -> dict[str, int]:
     from jmt_dist.recipe import load_recipe, load_site
     from jmt_dist.train.fold import run_fold
 
-    words = [f"data.shards={folder}/shards", f"engine.precision={precision}", "engine.zero=1", "visual.size=16", "evaluate.bootstrap=20"]
+    words = [
+        f"data.shards={folder}/shards",
+        f"engine.precision={precision}",
+        f"engine.zero={int(precision == 'fp32')}",
+        "visual.size=16",
+        "evaluate.bootstrap=20",
+    ]
     words += ["visual.batch=2", "audio.batch=2", "features.batch=3", "fusion.batch=4", "fusion.seeds=[0]", "fusion.baselines=[visual]"]
     words += ["visual.max_steps=2", "audio.max_steps=2", "fusion.max_epochs=1", "evaluate.offsets=[1]", "features.offsets=[1]"]
     words += ["fusion.validation_offsets=[1]", "fusion.offsets_per_epoch=1"]
@@ -49,6 +74,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("world", "precision"), [(2, "fp32"), (1, "autocast")])
 def test_a_fold_runs_from_shards_to_metrics_and_is_not_repeated(place: Path, tmp_path: Path, world: int, precision: str) -> None:
     (tmp_path / "shards").symlink_to(place / "shards")
+    if precision == "autocast":  # begun by two ranks, finished by one
+        assert all(run_ranks(2, stopped, tmp_path, precision))
     first, second = run_ranks(world, folds, tmp_path, precision)[0]
     assert second == first and len(first) == 4 + 1 + 6  # of two backbones, two fusions; of them, features and evaluate
     official = tmp_path / "out" / "official"
