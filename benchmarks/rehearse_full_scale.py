@@ -35,7 +35,7 @@ from jmt_dist.errors import UserError
 
 PASS = re.compile(r"(pass \d|verify)[^:]*: (\d+) \w+ in ([0-9.]+) s")
 TREE_BYTES, PCM_BYTES = 700, 2940  # per row: videos, labels and folders of the tree; sound laid down while packing
-SHARD_BYTES = {"flac": 14_000, "wav": 18_500}  # per row, folds and indexes included
+SHARD_BYTES = {"flac": 11_300, "wav": 18_500}  # per row, folds and indexes included
 RESERVE = 3e9  # stays free for whoever else uses the disk
 SMALLEST = 0.005
 
