@@ -40,16 +40,20 @@ def clip_frames(strips: Any, *, train: bool, q: Any, seed: int, crop: int, flip:
     """DALI node: a strip's bytes to normalised frames [64 or 71, size, size, 3]; one draw holds for all frames of a sample."""
     from nvidia.dali import fn, types
 
-    extra: dict[str, Any] = (
-        {"hw_decoder_load": load, "preallocate_width_hint": SIZE, "preallocate_height_hint": SIZE * STRIP} if device == "mixed" else {}
-    )
-    frames = fn.decoders.image(strips, device=device, output_type=types.RGB, **extra)
-    frames = fn.reshape(frames, shape=[STRIP, SIZE, SIZE, 3], layout="FHWC")
+    if train and device == "cpu":  # the wanted rows alone: saves a tenth of the decoding and a copy
+        rows = {"start": fn.reshape(q * SIZE, shape=[1]), "shape": [SUBSEQUENCE * SIZE], "axes": [0]}
+        frames = fn.decoders.image_slice(strips, output_type=types.RGB, **rows)
+        frames = fn.reshape(frames, shape=[SUBSEQUENCE, SIZE, SIZE, 3], layout="FHWC")
+    else:
+        hints = {"preallocate_width_hint": SIZE, "preallocate_height_hint": SIZE * STRIP}
+        extra: dict[str, Any] = {"hw_decoder_load": load, **hints} if device == "mixed" else {}
+        frames = fn.decoders.image(strips, device=device, output_type=types.RGB, **extra)
+        frames = fn.reshape(frames, shape=[STRIP, SIZE, SIZE, 3], layout="FHWC")
+        frames = fn.slice(frames, q, SUBSEQUENCE, axes=[0]) if train else frames
     x = y = 0.5
     mirror: Any = 0
     side = crop if train else SIZE
     if train:
-        frames = fn.slice(frames, q, SUBSEQUENCE, axes=[0])
         x, y = fn.random.uniform(range=[0.0, 1.0], seed=seed + 3), fn.random.uniform(range=[0.0, 1.0], seed=seed + 4)
         mirror = fn.random.coin_flip(probability=0.5 if flip else 0.0, dtype=types.INT32, seed=seed + 2)
     frames = fn.crop_mirror_normalize(
