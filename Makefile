@@ -32,13 +32,13 @@ $(DEMO)/shards.verified: $(DEMO)/shards/manifest.json
 	@touch $@
 
 test: $(READY)
-	@echo "left out here: kill, slurm, server, browser, highmem (make test-slow) and gpu (make test-gpu)"
-	$(PY) -m pytest -m "not kill and not slurm and not server and not browser and not gpu and not highmem" $(TESTS)
+	@echo "left out here: slow, kill, slurm, server, browser, highmem (make test-slow) and gpu (make test-gpu)"
+	$(PY) -m pytest -m "not slow and not kill and not slurm and not server and not browser and not gpu and not highmem" $(TESTS)
 
 # servers and a browser come from the distribution's packages; a machine where they cannot be installed is told so, and fails
 test-slow: $(READY)
 	tests/install_packages
-	$(PY) -m pytest -m "(kill or slurm or server or browser or highmem) and not gpu" $(TESTS)
+	$(PY) -m pytest -m "(slow or kill or slurm or server or browser or highmem) and not gpu" $(TESTS)
 
 test-gpu: $(READY)
 	$(PY) -m pytest -m gpu $(TESTS)
