@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from jmt_dist.track import names
 from jmt_dist.track.compare import FOLDS, PAPER_TABLE1, TARGETS, RunResult, Score
 from jmt_dist.track.spool import read_metrics
 
@@ -101,16 +102,17 @@ def system_bars(systems: Mapping[str, Score], ceilings: Mapping[str, Score] | No
 def learning_curves(run: RunResult) -> Any | None:
     """Validation score and training loss of each stage over its steps, a colour per fold; None where no spool has a curve."""
     curves = {row.fold: read_metrics(run.out / row.fold / "spool") for row in run.folds}
-    stages = [stage for stage in ("visual", "audio", f"fusion/{run.model}") if any(_series(one, stage, "loss") for one in curves.values())]
+    known = ("visual", "audio", f"fusion/{run.model}")
+    stages = [stage for stage in known if any(_series(one, stage, names.LOSS) for one in curves.values())]
     if not stages:
         return None
     fig, axes = figure(3.2 * len(stages) + 1, 4.8, 2, len(stages))
     for column, stage in enumerate(stages):
         for fold, colour in zip(FOLDS, FOLD_COLOURS, strict=True):
-            for row, name in enumerate(("validation_score", "loss")):
+            for row, name in enumerate((names.SCORE, names.LOSS)):
                 for index, points in enumerate(_series(curves[fold], stage, name)):
                     steps, values = _thin(points)
-                    style = {"marker": "o", "markersize": 2.5} if name == "validation_score" else {}
+                    style = {"marker": "o", "markersize": 2.5} if name == names.SCORE else {}
                     label = fold if index == 0 else None
                     axes[row, column].plot(steps, values, color=colour, linewidth=1, alpha=0.85, label=label, **style)
         axes[0, column].set_title(stage, fontsize=10)

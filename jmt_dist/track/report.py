@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from jmt_dist.errors import UserError
-from jmt_dist.track import plots
+from jmt_dist.track import names, plots
 from jmt_dist.track.compare import (
-    TARGETS,
     RunResult,
     Score,
     Table,
@@ -222,12 +221,12 @@ def _log_parent(run: RunResult, parent: ParentRun, files: Sequence[Path]) -> Non
         if row.score is not None:
             # the time of the result, not of this comparison: comparing again adds no points
             when = int((run.out / row.fold / "metrics.json").stat().st_mtime * 1000)
-            metrics += [Metric(f"{row.fold}/{t}", v, when, 0) for t, v in zip(TARGETS, row.score.values(), strict=True)]
+            metrics += [Metric(name, v, when, 0) for name, v in names.ccc(row.fold, row.score.values()).items()]
     mean = folds_mean(run)
     if mean is not None and metrics:
         when = max(metric.timestamp for metric in metrics)
-        metrics += [Metric(f"folds_mean/{t}", v, when, 0) for t, v in zip(TARGETS, mean[0], strict=True)]
-        metrics += [Metric(f"folds_std/{t}", v, when, 0) for t, v in zip(TARGETS, mean[1], strict=True)]
+        metrics += [Metric(name, v, when, 0) for name, v in names.ccc("folds_mean", mean[0]).items()]
+        metrics += [Metric(name, v, when, 0) for name, v in names.ccc("folds_std", mean[1]).items()]
     client.log_batch(parent.run_id, metrics=metrics)
     for path in files:
         client.log_artifact(parent.run_id, str(path))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from jmt_dist.config import STAGES, Recipe, Site
 from jmt_dist.errors import UserError
+from jmt_dist.track import names
 from jmt_dist.track.spool import Spool
 from jmt_dist.track.tracker import Tracker, load_run
 from jmt_dist.train import ranks, stop
@@ -96,8 +98,22 @@ def _evaluate(plan: FoldPlan, spool: Spool) -> None:
     metrics = evaluate(plan)
     if metrics:
         plan.around.status(stage="evaluate", epoch=0, step=1, steps=1, score=metrics["average"])
-        spool.metrics({target: metrics[target] for target in TARGETS}, 0)
+        spool.metrics(_results(metrics), 0)
         spool.artifact(plan.folder / "metrics.json")
+
+
+def _results(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """A fold's scores under the names a person looks for (`track.names`)."""
+
+    def of(prefix: str, part: Mapping[str, Any]) -> dict[str, float]:
+        return names.ccc(prefix, [part[target] for target in TARGETS])
+
+    found = of(names.RESULT, metrics)
+    if "smoothed" in metrics:
+        found |= of(f"{names.RESULT}/smoothed", metrics["smoothed"])
+    for model, part in metrics["baselines"].items():
+        found |= of(f"baseline/{model}", part)
+    return found
 
 
 _STAGES: dict[str, Callable[[FoldPlan, Spool], None]] = {

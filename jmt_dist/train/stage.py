@@ -17,6 +17,7 @@ from jmt_dist.config import EngineOptions, TrainOptions
 from jmt_dist.data.pipeline import derive_seed
 from jmt_dist.errors import UserError
 from jmt_dist.model.batchnorm import average_buffers
+from jmt_dist.track import names
 from jmt_dist.train import stop
 from jmt_dist.train.ccc import ccc_loss, ccc_over_ranks, moments
 from jmt_dist.train.checkpoint import Checkpoints, save_weights
@@ -217,11 +218,14 @@ class Trainer:
     def _report(self) -> None:
         progress = self.progress
         if progress.step % 10 == 0 or progress.step == self.total:
-            metrics = {f"{self.stage.name}/loss": progress.loss_sum / progress.loss_steps, f"{self.stage.name}/lr": self._rate()}
+            metrics = {names.LOSS: progress.loss_sum / progress.loss_steps, names.RATE: self._rate()}
             if progress.unlabelled:
-                metrics[f"{self.stage.name}/unlabelled_steps"] = float(progress.unlabelled)
-            self.around.log(metrics, progress.step)
+                metrics[names.UNLABELLED] = float(progress.unlabelled)
+            self._log(metrics)
         self._status()
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        self.around.log({f"{self.stage.name}/{name}": value for name, value in metrics.items()}, self.progress.step)
 
     def _rate(self) -> float:
         return float(self.engine.optimizer.param_groups[0]["lr"])
@@ -256,8 +260,7 @@ class Trainer:
         valence, arousal = (float(value) for value in ccc_over_ranks(sums))
         score, progress = (valence + arousal) / 2, self.progress
         progress.scores.append([progress.step, valence, arousal])
-        metrics = {"valence": valence, "arousal": arousal, "score": score}
-        self.around.log({f"{self.stage.name}/validation_{name}": value for name, value in metrics.items()}, progress.step)
+        self._log({**names.ccc("val", (valence, arousal, score)), names.BEST: max(score, progress.best)})
         progress.loss_sum, progress.loss_steps = 0.0, 0
         if score > progress.best:
             progress.best, progress.best_step, progress.stale = score, progress.step, 0

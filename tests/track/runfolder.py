@@ -60,9 +60,10 @@ def make_fold(out, fold, seeds=3, baselines=("visual", "audio"), steps=400):
     for stage in ("visual", "audio", *(f"fusion/jmt-seed{i}" for i in range(seeds))):
         pace = rng.uniform(80, 160)
         for step in range(0, steps, 5):
-            spool.metrics({f"{stage}/loss": 0.4 + 1.6 * math.exp(-step / pace) + rng.normal(0, 0.05), f"{stage}/lr": 1e-3}, step)
+            loss = 0.4 + 1.6 * math.exp(-step / pace) + rng.normal(0, 0.05)
+            spool.metrics({f"{stage}/train/loss": loss, f"{stage}/train/lr": 1e-3}, step)
         for step in range(50, steps, 50):
-            spool.metrics({f"{stage}/validation_score": 0.65 * (1 - math.exp(-step / pace)) + rng.normal(0, 0.02)}, step)
+            spool.metrics({f"{stage}/val/ccc_mean": 0.65 * (1 - math.exp(-step / pace)) + rng.normal(0, 0.02)}, step)
     spool.state("FINISHED")
     spool.close()
     return metrics

@@ -200,9 +200,9 @@ def test_scores_and_files_reach_the_parent_run_once(store, tmp_path):
     for _ in range(2):
         assert compare_run(out).omissions == []
     run = client.get_run(parent.run_id)
-    assert run.info.status == "FINISHED" and run.data.metrics["fold-3/arousal"] == 0.6
-    assert run.data.metrics["folds_mean/average"] == pytest.approx(0.55)
-    assert len(client.get_metric_history(parent.run_id, "official/valence")) == 1
+    assert run.info.status == "FINISHED" and run.data.metrics["fold-3/ccc_arousal"] == 0.6
+    assert run.data.metrics["folds_mean/ccc_mean"] == pytest.approx(0.55)
+    assert len(client.get_metric_history(parent.run_id, "official/ccc_valence")) == 1
     assert sorted(f.path for f in client.list_artifacts(parent.run_id)) == ["report.html", "table1.csv", "table1.md"]
 
 
@@ -240,9 +240,9 @@ def test_table1_of_a_single_fold_has_nothing_bold(tmp_path):
 def test_curves_hold_every_seed_and_are_left_out_without_spools(whole, tmp_path):
     out, _, _ = whole
     curves = read_metrics(out / "official" / "spool")
-    assert len(plots._series(curves, "fusion/jmt", "validation_score")) == 2
-    assert plots._series(curves, "fusion/jmt", "lr")[0][0] == (0, 1e-3)
-    assert plots._series(curves, "fusion", "loss") == []
+    assert len(plots._series(curves, "fusion/jmt", "val/ccc_mean")) == 2
+    assert plots._series(curves, "fusion/jmt", "train/lr")[0][0] == (0, 1e-3)
+    assert plots._series(curves, "fusion", "train/loss") == []
     assert plots.learning_curves(read_run(make_light(tmp_path / "run", {}))) is None
     steps, _ = plots._thin([(i, 0.0) for i in range(10_001)])
     assert len(steps) <= plots.MOST_POINTS + 1 and steps[-1] == 10_000 and steps[0] == 0

@@ -1,0 +1,26 @@
+"""How metrics are called in MLflow, so that a person who opens a run or compares some finds them (DESIGN section 12).
+
+| where | names |
+|---|---|
+| a fold's run, the result | `val/ccc_valence`, `val/ccc_arousal`, `val/ccc_mean`; `val/smoothed/…` where windows are set |
+| the same of its baselines | `baseline/visual/ccc_mean`, … |
+| a fold's run, while it trains | `<stage>/train/loss`, `<stage>/train/lr`, `<stage>/val/ccc_mean`, `<stage>/val/best_ccc_mean`, … |
+| a fold's run, the machine | `system/…` under MLflow's own names |
+| the experiment's run | `official/ccc_mean`, `fold-1/ccc_mean`, … and over the folds 1 to 5 `folds_mean/…`, `folds_std/…` |
+
+`<stage>` is `visual`, `audio` or `fusion/<model>-seed<n>`. `mean` is the mean of valence and arousal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+TARGETS = ("valence", "arousal", "mean")
+RESULT = "val"  # of a fold: the scores of its recipe's fusion model, mean over seeds
+LOSS, RATE, UNLABELLED = "train/loss", "train/lr", "train/unlabelled_steps"  # of a stage
+SCORE, BEST = "val/ccc_mean", "val/best_ccc_mean"  # of a stage
+
+
+def ccc(prefix: str, values: Iterable[float]) -> dict[str, float]:
+    """`<prefix>/ccc_valence`, `_arousal` and `_mean` of (valence, arousal, their mean)."""
+    return {f"{prefix}/ccc_{target}": float(value) for target, value in zip(TARGETS, values, strict=True)}
