@@ -30,7 +30,7 @@ from jmt_dist.data.pack_guard import (
     refuse_foreign,
     require_space,
 )
-from jmt_dist.data.pack_steps import pack_shards, prepare_videos, settle, shard_tasks, video_tasks
+from jmt_dist.data.pack_steps import pack_shards, plan_shards, prepare_videos, settle, video_tasks
 from jmt_dist.data.report import PackReport, printable, read_report
 from jmt_dist.data.shards import FOLDS_FILE, MANIFEST, Manifest, Shard, fold_folder
 from jmt_dist.errors import UserError
@@ -118,8 +118,8 @@ def _pack(options: PackOptions, out: Path, before: Manifest | None, known: PackR
     dataset = survey(options, say)
     videos = prepare_videos(options, video_tasks(dataset, out / WORK))
     content = settle(options, dataset, videos)
-    tasks, done = shard_tasks(options, dataset, content.packed, before, known)
-    shards = sorted([*done, *pack_shards(options, tasks)], key=lambda shard: shard.name)
+    plan = plan_shards(options, dataset, content.packed, before, known)
+    shards = sorted([*plan.done, *pack_shards(options, dataset, plan)], key=lambda shard: shard.name)
     entries = tuple(Shard(s.name, s.samples, s.bytes, s.sha256) for s in shards)
     manifest = Manifest(out, content.release, decisive(options), content.packed, entries)
     report = PackReport(_source(options), content.release, content.counts, content.omitted, content.notes, tuple(shards))

@@ -15,7 +15,7 @@ from jmt_dist.affwild2.layout import Dataset
 from jmt_dist.config import PackOptions
 from jmt_dist.data.pack import Say, claim, pack, survey
 from jmt_dist.data.pack_guard import WORK, disk_errors, finished_manifest, locked
-from jmt_dist.data.pack_steps import pack_shards, prepare_videos, settle, shard_tasks, video_tasks
+from jmt_dist.data.pack_steps import pack_shards, plan_shards, prepare_videos, settle, video_tasks
 from jmt_dist.data.pack_video import VideoResult, read_result, video_folder
 from jmt_dist.data.report import read_report
 from jmt_dist.errors import UserError
@@ -65,8 +65,7 @@ class PackPart:
                 raise UserError(f"video {task.video} is not prepared", "The last job makes what is missing.")
             videos.append(result)
         content = settle(self.options, self.dataset, videos)
-        tasks, _ = shard_tasks(self.options, self.dataset, content.packed)
-        pack_shards(self.options, [task for task in tasks if int(task.name.split(".")[0]) % self.parts == self.part])
+        pack_shards(self.options, self.dataset, plan_shards(self.options, self.dataset, content.packed), self.part, self.parts)
 
 
 def plan_parts(options: PackOptions, parts: int, say: Say = print) -> list[tuple[Step, list[PackPart]]]:

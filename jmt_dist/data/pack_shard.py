@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from jmt_dist.affwild2.media import median_interval
 from jmt_dist.data.crop_kinds import count_kinds
 from jmt_dist.data.geometry import samples_of, strip_frames
-from jmt_dist.data.pack_video import gone, video_folder
+from jmt_dist.data.pack_video import SOUND, gone, video_folder
 from jmt_dist.data.sample import AudioKind, Sample, audio_of, encode_audio, escape, key, labels_of
 from jmt_dist.data.strip import make_strip
 from jmt_dist.data.tars import ShardWriter, index_text
@@ -157,7 +157,7 @@ def make_sample(work: Path, source: Source, m: int, p: int, audio: AudioKind) ->
     files = [_crop(source, crops, int(frame)) for frame in frames]
     strip = make_strip(files)
     # mapped anew for each sample: pages of a mapping that is kept count as memory of the process, 9 GB for the whole dataset
-    pcm = np.load(f"{folder}/pcm.npy", mmap_mode="r")
+    pcm = np.load(f"{folder}/{SOUND}", mmap_mode="r")
     pcm, ends = audio_of(pcm, _array(f"{folder}/times.npy"), m, p, _interval(f"{folder}/times.npy"))
     present = np.array(strip.present, np.uint8)
     identity = np.array([source.index, m, p, strip.mode], np.int32)

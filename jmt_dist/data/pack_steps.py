@@ -14,6 +14,7 @@ from jmt_dist.config import PackOptions
 from jmt_dist.data.geometry import samples_of
 from jmt_dist.data.pack_guard import WORK, keep_plan, nameless
 from jmt_dist.data.pack_shard import ShardResult, ShardTask, Source, finished, global_order, pack_shard, results_folder
+from jmt_dist.data.pack_sound import Sounds, needs_of
 from jmt_dist.data.pack_video import Note, VideoResult, VideoTask, prepare_video
 from jmt_dist.data.progress import Progress, in_processes
 from jmt_dist.data.report import PackReport
@@ -100,10 +101,19 @@ def _counts(packed: Sequence[PackedUnit], invalid: Mapping[str, int]) -> dict[st
     return counts
 
 
-def shard_tasks(
+@dataclass(frozen=True)
+class ShardPlan:
+    """Pass 2: shards to make, those an earlier run finished, and which shards need which video's sound."""
+
+    tasks: tuple[ShardTask, ...]
+    done: tuple[ShardResult, ...]
+    needs: Mapping[str, frozenset[str]]
+
+
+def plan_shards(
     options: PackOptions, dataset: Dataset, packed: Sequence[PackedUnit], before: Manifest | None = None, known: PackReport | None = None
-) -> tuple[list[ShardTask], list[ShardResult]]:
-    """(shards to make, those an earlier run finished), after the plan of the folder has been compared with this one."""
+) -> ShardPlan:
+    """What pass 2 has to do, after the plan of the folder has been compared with this one."""
     out = Path(options.out)
     results = results_folder(out / WORK)
     results.mkdir(parents=True, exist_ok=True)
@@ -112,25 +122,27 @@ def shard_tasks(
         (results / f"{shard.name}.json").write_text(json.dumps(asdict(shard)), encoding="utf-8")
     units = {unit.name: unit for unit in dataset.units}
     order = global_order([(unit.name, unit.rows) for unit in packed], options.seed)
-    tasks, done = [], []
+    every = []
     for number, start in enumerate(range(0, len(order), options.samples_per_shard)):
         samples = tuple(order[start : start + options.samples_per_shard])
         indexes = sorted({index for index, _, _ in samples})
         sources = tuple(Source(i, packed[i].name, packed[i].video, units[packed[i].name].crops) for i in indexes)
-        task = ShardTask(out, out / WORK, f"{number:05d}.tar", options.audio, samples, sources)
-        earlier = finished(results, out, task.name)
-        if earlier is None:
-            tasks.append(task)
-        else:
-            done.append(earlier)
-    return tasks, done
+        every.append(ShardTask(out, out / WORK, f"{number:05d}.tar", options.audio, samples, sources))
+    earlier = {task.name: result for task in every if (result := finished(results, out, task.name)) is not None}
+    tasks = tuple(task for task in every if task.name not in earlier)
+    return ShardPlan(tasks, tuple(earlier.values()), needs_of(video_tasks(dataset, out / WORK), every))
 
 
-def pack_shards(options: PackOptions, tasks: Sequence[ShardTask]) -> list[ShardResult]:
-    """Pass 2 for these shards, in `options.workers` processes."""
-    results = []
+def pack_shards(options: PackOptions, dataset: Dataset, plan: ShardPlan, part: int = 0, parts: int = 1) -> list[ShardResult]:
+    """Pass 2 for every `parts`-th shard of the plan, in `options.workers` processes; sound goes as soon as no shard needs it."""
+    out, results = Path(options.out), []
+    tasks = [task for task in plan.tasks if int(task.name.split(".")[0]) % parts == part]
+    sounds = Sounds(out, out / WORK, plan.needs)
+    sounds.drop()
+    sounds.restore(video_tasks(dataset, out / WORK), tasks, options.workers)
     with Progress("pass 2, shards", sum(len(task.samples) for task in tasks), "samples") as progress:
         for shard in in_processes(pack_shard, tasks, options.workers):
             results.append(shard)
+            sounds.drop()
             progress.advance(shard.samples)
     return results

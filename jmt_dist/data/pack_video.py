@@ -1,6 +1,6 @@
 """Packing, pass 1: what is needed of one video, decoded once and laid down for the shards to slice (DESIGN section 6).
 
-<work>/videos/<video>/pcm.npy           int16 [samples] mono at 44.1 kHz, mapped by pass 2
+<work>/videos/<video>/pcm.npy           int16 [samples] mono at 44.1 kHz, mapped by pass 2 and deleted when its shards are finished
                       times.npy         float64 [frames] timestamps in seconds
                       <unit>.va.npy     float32 [N, 2]
                       <unit>.crops.npy  uint8 [N]: 0 = no crop, k = in the unit's k-th crop folder
@@ -30,7 +30,7 @@ from jmt_dist.data.sample import escape
 from jmt_dist.errors import UserError
 
 FEWER, MORE = -3, 2  # rows minus frames that are normal (DESIGN section 5)
-RESULT = "video.json"
+RESULT, SOUND = "video.json", "pcm.npy"
 _CROP = re.compile(r"(\d{5,})\.jpg")
 
 
@@ -105,7 +105,7 @@ def _lay_down(task: VideoTask, folder: Path, partial: Path) -> VideoResult:
     require_source(task.units)
     times = media.times if media.times is not None else fallback_timestamps(max(1, *(u.rows for u in units), 1))
     np.save(partial / "times.npy", times)
-    np.save(partial / "pcm.npy", media.pcm)
+    np.save(partial / SOUND, media.pcm)
     frames = 0 if media.times is None else len(media.times)
     result = VideoResult(task.video, frames, len(media.pcm) / RATE, units, media.error)
     (partial / RESULT).write_text(json.dumps(asdict(result)), encoding="utf-8")
