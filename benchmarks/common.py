@@ -110,14 +110,21 @@ def _command() -> str:
 
 
 def facts(packages: Sequence[str] = ()) -> dict[str, Any]:
-    """Date, commit, hardware and versions that a result belongs to."""
+    """Date, commit, hardware, its load over 1, 5 and 15 minutes, and versions that a result belongs to."""
     versions = {"python": platform.python_version()}
     for name in (*PACKAGES, *packages):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    machine = {"cpu": _cpu(), "cores": cores(), "memory_gb": round(psutil.virtual_memory().total / 1e9, 1), "system": platform.system()}
+    machine: dict[str, Any] = {
+        "cpu": _cpu(),
+        "cores": cores(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "system": platform.system(),
+    }
+    # others at work before the start: a result of a machine that was not idle says so
+    machine["load_average"] = [round(load, 2) for load in os.getloadavg()]
     return {"date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "commit": _commit(), "machine": machine, "versions": versions}
 
 

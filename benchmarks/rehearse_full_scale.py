@@ -38,6 +38,7 @@ TREE_BYTES, PCM_BYTES = 700, 2940  # per row: videos, labels and folders of the 
 SHARD_BYTES = {"flac": 11_300, "wav": 18_500}  # per row, folds and indexes included
 RESERVE = 3e9  # stays free for whoever else uses the disk
 SMALLEST = 0.005
+STEP = 24  # videos whose sound comes or goes between two entries of the result
 
 
 class Rehearsal(Options):
@@ -58,14 +59,14 @@ class Watch:
 
     shards: Path
     peak_bytes: int = 0
-    pcm: list[tuple[float, int]] = field(default_factory=list)  # (seconds, files)
+    pcm: list[tuple[float, int]] = field(default_factory=list)  # (seconds, files) at every STEP files
     _start: float = field(default_factory=time.monotonic)
 
     def __call__(self) -> None:
         """Look."""
         self.peak_bytes = max(self.peak_bytes, disk_of(self.shards))
         files = sum(1 for _ in self.shards.glob(".work/videos/*/pcm.npy"))
-        if not self.pcm or self.pcm[-1][1] != files:
+        if not self.pcm or abs(self.pcm[-1][1] - files) >= STEP or (files == 0 and self.pcm[-1][1]):
             self.pcm.append((round(time.monotonic() - self._start, 1), files))
 
 
