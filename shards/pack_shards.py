@@ -6,7 +6,8 @@
 
 Run again after an interruption: only what is missing is made. Run with other folds.policy or folds.seed on a
 packed folder: only index files are added. Units that cannot be packed are left out and listed (exit code 3).
-With site=…, both passes are job arrays of site.parallel tasks with `workers` processes each; the bytes are the same.
+With site=…, both passes are job arrays of site.parallel tasks with `workers` processes each; the bytes are the same. Their logs and
+code lie in <out>.jobs beside the shards, until they are packed; after wait=false, until this command is given again.
 """
 
 from __future__ import annotations
@@ -41,12 +42,17 @@ def _in_jobs(options: PackOptions, site: Site) -> bool:
     """Pack by the jobs of a site; whether they have ended. What is left for `pack` is to say what was packed."""
     from pathlib import Path
 
-    from jmt_dist.cluster.array import run_steps
+    from jmt_dist.cluster.array import forget_steps, run_steps
+    from jmt_dist.data.pack_guard import disk_errors
     from jmt_dist.data.pack_part import plan_parts
 
-    absolute = {"source": str(Path(options.source).resolve()), "out": str(Path(options.out).resolve())}
-    steps = plan_parts(options.model_copy(update=absolute), site.parallel)
-    return not steps or run_steps(site, Path(options.out) / ".jobs", "pack", options.workers, steps, options.wait)
+    out = Path(options.out).resolve()
+    jobs = out.with_name(f"{out.name}.jobs")  # beside the shards, which are for everyone: it is private and holds pickles
+    steps = plan_parts(options.model_copy(update={"source": str(Path(options.source).resolve()), "out": str(out)}), site.parallel)
+    with disk_errors(jobs):
+        if not steps:
+            forget_steps(jobs)
+        return not steps or run_steps(site, jobs, "pack", options.workers, steps, options.wait)
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ POLL_SECONDS = 1.0
 def run_steps(place: Site, folder: Path, name: str, cpus: int, steps: Steps, wait: bool = True) -> bool:
     """Run the steps with `cpus` cores for each call, at most `site.parallel` calls at a time; whether they have ended.
 
-    `folder` takes pickles, logs and a copy of the code; it is kept unless all went well. Raises UserError: the last step's
-    error, or SLURM's refusal.
+    `folder` takes pickles, logs and a copy of the code; it is kept unless all went well (without `wait`: until `forget_steps`).
+    Raises UserError: the last step's error, or SLURM's refusal.
     """
     place = place.model_copy(update={"nodes": 1, "ranks_per_node": 1, "gpus_per_node": 0, "cpus_per_rank": cpus})
     site.check(place)
@@ -53,6 +53,14 @@ def run_steps(place: Site, folder: Path, name: str, cpus: int, steps: Steps, wai
         _raise_error(last[-1][1])
     shutil.rmtree(folder, ignore_errors=True)
     return True
+
+
+def forget_steps(folder: Path) -> None:
+    """Remove what `run_steps` left in `folder` when it did not wait, unless one of its jobs is still in the queue."""
+    jobs = status.read_json(folder / "jobs.json").get("jobs", [])
+    if jobs and not any(slurm.squeue(str(job)) for job in jobs):
+        check_owner(folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _run_here(place: Site, jobs: Path, snapshot: str, steps: Steps) -> None:

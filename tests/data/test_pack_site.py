@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -13,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from jmt_dist.cluster import slurm
+from jmt_dist.cluster.array import forget_steps
 from jmt_dist.config import PackOptions
 from jmt_dist.data import pack_part as part_module
 from jmt_dist.data import pack_video as video_module
@@ -20,6 +23,7 @@ from jmt_dist.data.pack import pack
 from jmt_dist.data.pack_part import PackPart, plan_parts
 from jmt_dist.errors import UserError
 
+from ..cluster import fakeslurm
 from .test_pack import contents, options, quiet
 
 ROOT = Path(__file__).parents[2]
@@ -115,6 +119,54 @@ def test_a_part_survives_pickling_and_keeps_the_umask(tree: Path, tmp_path: Path
     assert part.umask == kept
 
 
+def test_what_jobs_left_goes_when_none_is_in_the_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, queue = tmp_path / "s.jobs", {"8_0": "RUNNING"}
+    monkeypatch.setattr(slurm, "squeue", lambda job: queue if job == "8" else {})
+    forget_steps(folder)  # there is none: nothing to do, and SLURM is not asked
+    folder.mkdir(mode=0o700)
+    (folder / "jobs.json").write_text('{"jobs": ["7", "8"]}')
+    (folder / "log").write_text("")
+    forget_steps(folder)
+    assert (folder / "log").exists()
+    queue.clear()
+    folder.chmod(0o777)
+    with pytest.raises(UserError, match="others may write"):
+        forget_steps(folder)
+    folder.chmod(0o700)
+    forget_steps(folder)
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "thesis.doc").write_text("")
+    forget_steps(folder)  # not made by jobs
+    assert (folder / "thesis.doc").exists()
+
+
+@pytest.mark.slow
+def test_without_waiting_the_shard_folder_ends_clean(packed: Path, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real scripts, arrays and dependencies under a scheduler of our own at SLURM's edge."""
+    fakeslurm.install(tmp_path / "bin")
+    (tmp_path / "slurm").mkdir()
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE_SLURM", str(tmp_path / "slurm"))
+    out, jobs = tmp_path / "s", tmp_path / "s.jobs"
+    words = [f"source={tree}", f"out={out}", "samples_per_shard=8", "workers=1", "site=slurm/sites/minicluster.yaml", "wait=false"]
+    done = program(*words)
+    assert done.returncode == 0 and "submitted: " in done.stdout, done.stdout + done.stderr
+    assert f"logs in {jobs}" in done.stdout and jobs.stat().st_mode & 0o777 == 0o700
+    deadline = time.monotonic() + 240
+    while fakeslurm_states(tmp_path / "slurm") & {"PENDING", "RUNNING"} and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert fakeslurm_states(tmp_path / "slurm") == {"COMPLETED"}
+    assert contents(out) == contents(packed) and list(jobs.glob("*/end/*_log.out"))
+    again = program(*words)
+    assert again.returncode == 0 and "is packed already" in again.stdout
+    assert not jobs.exists() and contents(out) == contents(packed)
+
+
+def fakeslurm_states(folder: Path) -> set[str]:
+    return {json.loads(path.read_text())["state"] for path in folder.glob("*.json")}
+
+
 @pytest.fixture(scope="module")
 def minicluster() -> Iterator[Path]:
     """A real SLURM; the folder its nodes share."""
@@ -145,7 +197,8 @@ def test_a_slurm_array_makes_the_same_bytes(packed: Path, tree: Path, tmp_path: 
     again = program(*words)
     assert again.returncode == 1 and ("still in the queue" in again.stderr or "being packed" in again.stderr), again.stderr
     deadline = time.monotonic() + 120
-    while done.returncode != 3 and time.monotonic() < deadline:
+    while (done.returncode != 3 or (tmp_path / "o.jobs").exists()) and time.monotonic() < deadline:  # the last job is still ending
         time.sleep(2)
         done = program(*words)
     assert done.returncode == 3 and "d4    it has no folder of face crops" in done.stdout, done.stdout + done.stderr
+    assert not (tmp_path / "o.jobs").exists() and not list((tmp_path / "o").glob(".*"))
