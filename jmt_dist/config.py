@@ -17,6 +17,7 @@ FUSION_MODELS = ("jmt", "visual", "audio", "concat", "lstm", "vanilla", "selfatt
 
 Stage = Literal["visual", "audio", "features", "fusion", "evaluate"]
 FusionModel = Literal["jmt", "visual", "audio", "concat", "lstm", "vanilla", "selfattn_lstm", "jca", "lfan", "tcn", "gated"]
+Smoother = Literal["box", "hamming", "savgol"]
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -171,8 +172,10 @@ class EvaluateOptions(Options):
     """Dense prediction and scoring of a fold's validation units (DESIGN section 9)."""
 
     offsets: Offsets = Field([0, 1, 2, 3, 4, 5, 6, 7], description="offsets predicted; frames between are interpolated")
-    smooth_valence: Positive = Field(1, description="box window in frames for valence; 1 = none")
-    smooth_arousal: Positive = Field(1, description="box window in frames for arousal; 1 = none")
+    smooth_valence: Positive = Field(1, description="smoothing window in frames for valence; 1 = none")
+    smooth_arousal: Positive = Field(1, description="smoothing window in frames for arousal; 1 = none")
+    smooth_valence_kind: Smoother = Field("box", description="kind of the window for valence: box, hamming or savgol")
+    smooth_arousal_kind: Smoother = Field("box", description="kind of the window for arousal: box, hamming or savgol")
     test: bool = Field(False, description="also predict the dataset's test units, for the challenge file")
     bootstrap: Count = Field(1000, description="bootstrap rounds over videos for the 95 % interval; 0 = none")
 

@@ -59,10 +59,11 @@ def paired(
     )
 
 
-def video_sums(prediction: ArrayLike, target: ArrayLike, groups: Sequence[str] | NDArray[np.str_]) -> Float:
-    """Sufficient statistics [K, videos, 2 targets, 6]: n, Σx, Σy, Σx², Σy², Σxy of each video that has labels.
+def video_sums(prediction: ArrayLike, target: ArrayLike, groups: Sequence[str] | NDArray[np.str_], center: float | None = None) -> Float:
+    """Sufficient statistics [K, videos, 2 targets, 6]: n, Σx, Σy, Σx², Σy², Σxy of each video that has labels, videos by name.
 
-    x and y are both shifted by the labels' mean, which leaves every CCC as it is and keeps the sums small.
+    x and y are both shifted by `center`, by default the labels' mean, which leaves every CCC as it is and keeps the sums
+    small. Sums that are to be added to those of other calls need one `center` for all.
     """
     stacked = np.asarray(prediction, np.float64)
     stacked = stacked[None] if stacked.ndim == 2 else stacked
@@ -73,13 +74,18 @@ def video_sums(prediction: ArrayLike, target: ArrayLike, groups: Sequence[str] |
     for one in stacked:
         p, t, valid = valid_frames(one, target)
         p, t = p[valid], t[valid]
-        center = t.mean(axis=0) if len(t) else np.zeros(2)
-        x, y = p - center, t - center
+        shift = center if center is not None else t.mean(axis=0) if len(t) else np.zeros(2)
+        x, y = p - shift, t - shift
         members, index = np.unique(names[valid], return_inverse=True)
         moments = np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=-1).reshape(len(x), 12)
         sums = np.stack([np.bincount(index, moments[:, i], len(members)) for i in range(12)], axis=-1)
         parts.append(sums.reshape(len(members), 2, 6))
     return np.stack(parts)
+
+
+def ccc_of_sums(sums: Float) -> Float:
+    """CCC [3] (valence, arousal, average) from sums [K, 2, 6], averaged over K."""
+    return _score(sums[:, None])[0]
 
 
 def _score(sums: Float) -> Float:

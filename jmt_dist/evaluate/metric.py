@@ -5,6 +5,7 @@ One CCC per target over the frames of all units together; the score P is the mea
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -17,7 +18,10 @@ Float = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Scores:
-    """Agreement of predictions with labels; CCC unless the name says otherwise. `frames` = valid frames counted."""
+    """Agreement of predictions with labels; CCC unless the name says otherwise (`sign_`: share of equal signs).
+
+    `frames` = valid frames counted.
+    """
 
     valence: float
     arousal: float
@@ -26,6 +30,8 @@ class Scores:
     rmse_arousal: float
     pearson_valence: float
     pearson_arousal: float
+    sign_valence: float
+    sign_arousal: float
     frames: int
 
     def to_dict(self) -> dict[str, float]:
@@ -65,6 +71,14 @@ def rmse(x: ArrayLike, y: ArrayLike, mask: ArrayLike | None = None) -> float:
     return float(np.sqrt(np.mean((a - b) ** 2))) if len(a) else float("nan")
 
 
+def sign_agreement(x: ArrayLike, y: ArrayLike, mask: ArrayLike | None = None) -> float:
+    """Share of counted elements whose prediction x has the sign of its label y (SAGR; 0 is a sign of its own); NaN if none."""
+    a, b = _counted(x, y, mask)
+    if not len(a) or np.isnan(a).any():
+        return float("nan")
+    return float(np.mean(np.sign(a) == np.sign(b)))
+
+
 def valid_frames(prediction: ArrayLike, target: ArrayLike) -> tuple[Float, Float, NDArray[np.bool_]]:
     """(prediction [N,2], target [N,2], valid [N]) in float64; a frame is valid when both its labels are numbers.
 
@@ -101,8 +115,22 @@ def scores(prediction: ArrayLike, target: ArrayLike) -> Scores:
         rmse_arousal=rmse(p[:, 1], t[:, 1], valid),
         pearson_valence=pearson(p[:, 0], t[:, 0], valid),
         pearson_arousal=pearson(p[:, 1], t[:, 1], valid),
+        sign_valence=sign_agreement(p[:, 0], t[:, 0], valid),
+        sign_arousal=sign_agreement(p[:, 1], t[:, 1], valid),
         frames=int(valid.sum()),
     )
+
+
+def unit_scores(predictions: Mapping[str, ArrayLike], labels: Mapping[str, ArrayLike]) -> dict[str, Scores | None]:
+    """Scores of each unit by itself, from {unit: [rows, 2]}; None for a unit with fewer than two labelled frames.
+
+    A unit's CCC is unstable where its labels hardly vary: the score of a system is the CCC over all units together.
+    """
+    found: dict[str, Scores | None] = {}
+    for name, va in predictions.items():
+        _, truth, valid = valid_frames(va, labels[name])
+        found[name] = scores(va, truth) if valid.sum() >= 2 else None
+    return found
 
 
 def _counted(x: ArrayLike, y: ArrayLike, mask: ArrayLike | None) -> tuple[Float, Float]:

@@ -80,22 +80,6 @@ def _fill(unit: UnitRows, ends: NDArray[np.int64], va: Rows) -> Rows:
     return np.stack([np.interp(grid, frames[order], va[order, k]) for k in range(2)], axis=1).astype(np.float32)
 
 
-def average(runs: Sequence[Mapping[str, UnitPrediction]]) -> dict[str, UnitPrediction]:
-    """Mean of several runs' predictions of the same units (seeds, folds); labels are the first run's.
-
-    Raises UserError where the runs do not hold the same units and rows.
-    """
-    first = runs[0]
-    for run in runs[1:]:
-        odd = sorted(set(run) ^ set(first)) or sorted(n for n in first if run[n].va.shape != first[n].va.shape)
-        if odd:
-            raise UserError(f"the predictions differ in unit {odd[0]}", "Average predictions of the same part of the same shards.")
-    return {
-        name: UnitPrediction(np.stack([run[name].va for run in runs]).mean(axis=0, dtype=np.float64).astype(np.float32), one.labels)
-        for name, one in first.items()
-    }
-
-
 def write_predictions(path: Path, predictions: Mapping[str, ArrayLike], labels: Mapping[str, ArrayLike | None]) -> None:
     """Write predictions {unit: [rows, 2]} and labels {unit: [rows, 2] or None} as Parquet, by one rename.
 

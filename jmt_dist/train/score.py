@@ -13,7 +13,7 @@ from jmt_dist.data.geometry import end_frames
 from jmt_dist.evaluate.bootstrap import interval
 from jmt_dist.evaluate.metric import Scores, scores
 from jmt_dist.evaluate.predict import UnitRows, dense, write_predictions
-from jmt_dist.evaluate.smooth import smooth
+from jmt_dist.evaluate.smooth import Filter, smooth
 from jmt_dist.model.zoo import make_fusion
 from jmt_dist.train.checkpoint import load_weights
 from jmt_dist.train.extract import autocast
@@ -108,10 +108,11 @@ def _summary(plan: FoldPlan, runs: list[Rows], seeds: list[int], labels: Rows, u
         "interval": interval(np.stack([_join(run, units) for run in runs]), truth, videos, rounds, plan.recipe.seed),
         "frames": each[0].frames,
     }
-    windows = plan.recipe.evaluate.smooth_valence, plan.recipe.evaluate.smooth_arousal
-    if max(windows) > 1:
-        smoothed = [scores(_join({name: smooth(va, *windows) for name, va in run.items()}, units), truth) for run in runs]
-        found["smoothed"] = {"windows": windows, **_mean(smoothed)}
+    options = plan.recipe.evaluate
+    filters = Filter(options.smooth_valence_kind, options.smooth_valence), Filter(options.smooth_arousal_kind, options.smooth_arousal)
+    if max(how.window for how in filters) > 1:
+        smoothed = [scores(_join({name: smooth(va, *filters) for name, va in run.items()}, units), truth) for run in runs]
+        found["smoothed"] = {"filters": [str(how) for how in filters], **_mean(smoothed)}
     return found
 
 

@@ -4,10 +4,10 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from scipy.stats import pearsonr
-from sklearn.metrics import root_mean_squared_error
+from sklearn.metrics import accuracy_score, root_mean_squared_error
 
 from jmt_dist.errors import UserError
-from jmt_dist.evaluate.metric import ccc, pearson, rmse, scores
+from jmt_dist.evaluate.metric import ccc, pearson, rmse, scores, sign_agreement, unit_scores
 
 
 def exact_ccc(x, y):
@@ -100,3 +100,25 @@ def test_nan_prediction_is_an_error_only_where_a_label_is():
         scores(prediction, target)
     with pytest.raises(UserError, match="not both"):
         scores(prediction[:2], target)
+
+
+def test_sign_agreement_is_the_accuracy_of_signs():
+    rng = np.random.default_rng(5)
+    target = np.round(rng.uniform(-1, 1, 500), 1)  # some labels are exactly 0
+    prediction = np.round(target + rng.normal(0, 0.4, 500), 1)
+    target[::6] = np.nan
+    ok = np.isfinite(target)
+    expected = accuracy_score(np.sign(target[ok]), np.sign(prediction[ok]))
+    assert 0.3 < expected < 1 and sign_agreement(prediction, target) == pytest.approx(expected, abs=1e-12)
+    assert math.isnan(sign_agreement([0.1], [np.nan])) and math.isnan(sign_agreement([np.nan], [0.1]))
+
+
+def test_scores_of_each_unit():
+    rng = np.random.default_rng(6)
+    labels = {name: rng.uniform(-1, 1, (50, 2)) for name in ("a", "b", "bare")}
+    labels["bare"][1:] = np.nan
+    predictions = {name: rng.uniform(-1, 1, (50, 2)) for name in labels}
+    got = unit_scores(predictions, labels)
+    assert got["bare"] is None and got["a"] == scores(predictions["a"], labels["a"])
+    assert got["b"].valence == pytest.approx(exact_ccc(predictions["b"][:, 0], labels["b"][:, 0]), abs=1e-13)
+    assert got["b"].sign_arousal == accuracy_score(np.sign(labels["b"][:, 1]), np.sign(predictions["b"][:, 1]))

@@ -5,7 +5,7 @@ import pytest
 
 from jmt_dist.data.geometry import CLIPS, OFFSETS, clip_end, samples_of
 from jmt_dist.errors import UserError
-from jmt_dist.evaluate.predict import UnitPrediction, UnitRows, average, dense, read_predictions, write_predictions
+from jmt_dist.evaluate.predict import UnitRows, dense, read_predictions, write_predictions
 
 ALL = list(range(OFFSETS))
 
@@ -122,14 +122,3 @@ def test_bad_files_are_named(tmp_path):
     pq.write_table(pa.table({"unit": ["a", "a"], "frame": [1, 3], **columns}), gap)
     with pytest.raises(UserError, match="unit a are not 1, 2, 3"):
         read_predictions(gap)
-
-
-def test_average_of_runs():
-    nan = np.full((2, 2), np.nan, np.float32)
-    a = {"u": UnitPrediction(np.array([[0.0, 1.0], [0.2, 0.4]], np.float32), nan)}
-    b = {"u": UnitPrediction(np.array([[1.0, 0.0], [0.4, 0.4]], np.float32), nan)}
-    np.testing.assert_allclose(average([a, b])["u"].va, [[0.5, 0.5], [0.3, 0.4]], atol=1e-7)
-    with pytest.raises(UserError, match="differ in unit v"):
-        average([a, {**b, "v": b["u"]}])
-    with pytest.raises(UserError, match="differ in unit u"):
-        average([a, {"u": UnitPrediction(b["u"].va[:1], nan[:1])}])

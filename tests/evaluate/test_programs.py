@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 
 from jmt_dist.config import Recipe
 from jmt_dist.errors import UsageError, UserError
+from jmt_dist.evaluate.ensemble import combine
 from jmt_dist.evaluate.metric import scores
-from jmt_dist.evaluate.predict import read_predictions, write_predictions
+from jmt_dist.evaluate.predict import UnitPrediction, read_predictions, write_predictions
 from jmt_dist.evaluate.smooth import smooth
 from jmt_dist.model.zoo import make_fusion
 from jmt_dist.recipe import build, dump, word_layer
@@ -69,25 +70,67 @@ def test_test_units_are_the_mean_of_folds_and_seeds(run, tmp_path, capsys):
     assert [line.split(",")[0] for line in lines[1:]] == rows
     assert [float(v) for v in lines[1].split(",")[1:]] == pytest.approx(got["video2_left"].va[0].tolist(), abs=5.1e-5)
     printed = capsys.readouterr().out
-    assert "averaging 4 predictions" in printed and "seed7" not in printed and "no labels" in printed
-    assert "50 rows of 2 units, 0 numbers clipped" in printed and printed.rstrip().endswith("test.txt")
+    assert "combining 4 predictions (mean)" in printed and "seed7" not in printed and "no labels" in printed
+    assert "50 rows of 2 units, 0 numbers clipped; checked" in printed and printed.rstrip().endswith("test.txt")
 
 
 def test_validation_units_of_one_fold_are_scored(run, tmp_path, capsys):
     out, va = run
-    assert main_of("predict_units")([f"out={out}", "part=validation", f"to={tmp_path}/v.parquet"]) == 0
+    assert main_of("predict_units")([f"out={out}", "split=validation", f"to={tmp_path}/v.parquet"]) == 0
     mean = np.concatenate([(va["official", 0][unit] + va["official", 1][unit]) / 2 for unit in ROWS])
     labels = np.concatenate([np.clip(va["official", 0][unit] + 0.2, -1, 1) for unit in ROWS])
     assert f"50 with labels: CCC valence {scores(mean, labels).valence:.3f}" in capsys.readouterr().out
 
 
+def test_the_challenge_file_of_two_recipes_centred_and_smoothed_as_chosen(run, tmp_path, capsys, monkeypatch):
+    out, va = run
+    other = tmp_path / "other"
+    make_recipe(other, "name=other", "fusion.seeds=[0]")
+    rng = np.random.default_rng(9)
+    for fold in ("official", "fold-1"):
+        test = {unit: rng.uniform(-1, 1, (rows, 2)).astype(np.float32) for unit, rows in ROWS.items()}
+        write_predictions(other / fold / "evaluate" / "jmt-seed0" / "test.parquet", test, {})
+        va[fold, "other"] = test
+    slow = {"v1": np.sin(np.arange(300)[:, None] / 60 + np.array([0, 1])).astype(np.float32) * 0.5}
+    noisy = {"v1": slow["v1"] + rng.normal(0, 0.3, (300, 2)).astype(np.float32)}
+    sample = tmp_path / "sample.txt"
+    sample.write_text("image_location\n" + "".join(f"134/{i:05d}.jpg\n" for i in range(1, 31)))
+    monkeypatch.chdir(tmp_path)
+    words = [f"out={out}", "split=test", f"sample={sample}", f"also=[{other}]", "combine=centred", "smooth=chosen", "folds=[fold-1]"]
+    assert main_of("predict_units")([*words, "per_unit=units"]) == 3  # no fold has validation predictions of both: nothing to choose on
+    assert "missing: smoothing" in capsys.readouterr().out
+    for folder in (out, other):
+        for seed in (0, 1):
+            write_predictions(folder / "fold-1" / "evaluate" / f"jmt-seed{seed}" / "predictions.parquet", noisy, slow)
+    (tmp_path / "units").rename(tmp_path / "raw")
+    assert main_of("predict_units")([*words, "per_unit=units"]) == 0
+    printed = capsys.readouterr().out
+    assert "chosen on 1 videos that fold-1 held out" in printed and "units video2_left" in printed
+    runs = [
+        {unit: UnitPrediction(va["fold-1", seed][unit], np.full((rows, 2), np.nan)) for unit, rows in ROWS.items()}
+        for seed in (0, 1, "other")
+    ]
+    expected = combine(runs, "centred")["134"].va
+    np.testing.assert_allclose(np.loadtxt(tmp_path / "raw" / "134.txt", delimiter=",", skiprows=1), expected, atol=1e-5)
+    smoothed = np.loadtxt(tmp_path / "units" / "134.txt", delimiter=",", skiprows=1)
+    assert smoothed.std() < 0.6 * expected.std()
+    lines = (tmp_path / "challenge.txt").read_text().splitlines()
+    assert len(lines) == 31 and printed.splitlines()[-1] == "challenge.txt"
+    np.testing.assert_allclose([[float(v) for v in line.split(",")[1:]] for line in lines[1:]], smoothed, atol=2e-6)
+
+
 def test_predict_refuses_in_one_line(run, tmp_path):
     out, _ = run
     main, to = main_of("predict_units"), f"to={tmp_path}/x.parquet"
-    with pytest.raises(UsageError, match="go together"):
-        main([f"out={out}", to, "challenge=x.txt"])
+    for words, message in [
+        (["challenge=x.txt"], "`challenge` needs `sample`"),
+        (["media=x.mp4"], "`media` goes with `crops`"),
+        (["crops=x", "smooth=chosen"], "`crops` is new material"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            main([f"out={out}", to, *words])
     with pytest.raises(UsageError, match="validation units of several folds"):
-        main([f"out={out}", to, "part=validation", "folds=[official,fold-1]"])
+        main([f"out={out}", to, "split=validation", "folds=[official,fold-1]"])
     with pytest.raises(UserError, match=r"fold fold-2 .* has no test predictions of jmt\. .*evaluate\.test=true"):
         main([f"out={out}", to, "folds=[official,fold-2]"])
     with pytest.raises(UserError, match="no test predictions of gated"):
