@@ -128,6 +128,9 @@ class FeatureOptions(Options):
 
     offsets: Offsets = Field([0, 1, 2, 3, 4, 5, 6, 7], description="offsets whose features are stored")
     batch: Positive = Field(8, description="samples per forward pass and rank")
+    dtype: Literal["float16", "float32"] = Field(
+        "float16", description="how features are stored; float32 takes twice the space and is exact in fp32"
+    )
 
 
 class JmtOptions(Options):

@@ -1,6 +1,8 @@
 """Features of the frozen backbones: stored as WebDataset shards, read back as arrays, divided into batches (DESIGN section 6).
 
-Members of a sample: visual.f16 and audio.f16 [O, 8, 512], va.f32 [64, 2], id.i32 [4]; O offsets are stored, 8 in a full set.
+Members of a sample: visual.f16 and audio.f16 [O, 8, 512] (.f32 where features.dtype says so), va.f32 [64, 2], id.i32 [4]; O offsets
+are stored, 8 in a full set. All samples of a folder have members of the same sizes, so that a tar is an array of equal records:
+it is mapped into memory, and ranks of one node share what the kernel has read of it.
 """
 
 from __future__ import annotations
@@ -10,9 +12,9 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,104 +26,182 @@ from jmt_dist.data.pipeline import derive_seed
 from jmt_dist.errors import UserError
 
 WIDTH = 512
+VERSION = 2  # of the folder's layout
+BLOCK, ENDING = 512, 10_240  # a tar's members begin at multiples of the one; the whole is filled up to a multiple of the other
+AGAIN = "Run the features stage of this fold again."
+
+FeatureType = Literal["float16", "float32"]
+Floats = NDArray[np.floating[Any]]
+_SUFFIX: dict[FeatureType, str] = {"float16": "f16", "float32": "f32"}
 
 
 class FeatureWriter:
-    """Writes one rank's features of one part of a fold to `<folder>/<part>-<rank:05d>.tar`, published by one rename."""
+    """Writes samples to `<folder>/<part>-<name>.tar`, published by one rename; `name` is the writer's own among all ranks and starts."""
 
-    def __init__(self, folder: Path, part: str, rank: int) -> None:
+    def __init__(self, folder: Path, part: str, name: str, dtype: FeatureType = "float16") -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"{part}-{rank:05d}.tar"
+        self.path, self.dtype, self.count = folder / f"{part}-{name}.tar", dtype, 0
         self._temporary = self.path.with_suffix(".tar.tmp")
         self._tar = tarfile.open(self._temporary, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 closed in close()
-        self._count = 0
 
     def add(self, ident: NDArray[Any], visual: Tensor, audio: Tensor, labels: NDArray[Any]) -> None:
-        """One sample: ident [4], visual and audio [O, 8, 512], labels [64, 2] of its end frames n = q + 8 j (NaN = none)."""
-        unit, m, p = (int(value) for value in ident[:3])
+        """One sample: ident [4], visual and audio [O, 8, 512], labels [64, 2] of its end frames n = q + 8 j (NaN = none).
+
+        Raises UserError where a feature is not a finite number, or too large for float16.
+        """
+        suffix = _SUFFIX[self.dtype]
         members = {
-            "visual.f16": visual.to(torch.float16).cpu().numpy(),
-            "audio.f16": audio.to(torch.float16).cpu().numpy(),
+            f"visual.{suffix}": self._stored(visual, "visual", ident),
+            f"audio.{suffix}": self._stored(audio, "audio", ident),
             "va.f32": labels.astype("<f4"),
             "id.i32": ident.astype("<i4"),
         }
         for name, values in members.items():
             data = np.ascontiguousarray(values).tobytes()
-            info = tarfile.TarInfo(f"{unit:05d}-{m:04d}-{p}.{name}")
+            info = tarfile.TarInfo(f"{_key(ident)}.{name}")
             info.size = len(data)
             self._tar.addfile(info, io.BytesIO(data))
-        self._count += 1
+        self.count += 1
+
+    def _stored(self, values: Tensor, stream: str, ident: NDArray[Any]) -> NDArray[Any]:
+        stored: NDArray[Any] = values.to(getattr(torch, self.dtype)).cpu().numpy()
+        if np.isfinite(stored).all():
+            return stored
+        if bool(values.isfinite().all()):
+            raise UserError(f"a {stream} feature of sample {_key(ident)} is too large for float16", "Take features.dtype=float32.")
+        raise UserError(f"the {stream} backbone gives NaN or Inf for sample {_key(ident)}", f"Train the {stream} stage anew, more gently.")
 
     def close(self) -> None:
-        """Finish the tar and give it its final name."""
+        """Finish the tar and give it its final name; one without samples leaves nothing."""
         self._tar.close()
-        os.replace(self._temporary, self.path)
+        if self.count:
+            os.replace(self._temporary, self.path)
+        else:
+            self._temporary.unlink()
 
 
-def write_description(folder: Path, offsets: Sequence[int], ranks: int) -> None:
+def _key(ident: NDArray[Any]) -> str:
+    unit, m, p = (int(value) for value in ident[:3])
+    return f"{unit:05d}-{m:04d}-{p}"
+
+
+def write_description(folder: Path, offsets: Sequence[int], dtype: FeatureType = "float16") -> None:
     """What the tars of a folder hold; written last, by one rank, when all tars are there."""
     temporary = folder / "features.json.tmp"
-    temporary.write_text(json.dumps({"version": 1, "offsets": list(offsets), "ranks": ranks, "width": WIDTH}))
+    temporary.write_text(json.dumps({"version": VERSION, "offsets": list(offsets), "dtype": dtype, "width": WIDTH}))
     os.replace(temporary, folder / "features.json")
+
+
+class Rows:
+    """Rows of several files as one array in an order of its own: `rows[i, k]` with index arrays i, k is [..., 8, 512]."""
+
+    def __init__(self, files: Sequence[Floats], file: NDArray[np.int64], row: NDArray[np.int64]) -> None:
+        self.files, self.file, self.row = files, file, row
+
+    def __getitem__(self, index: tuple[NDArray[np.int64], NDArray[np.int64]]) -> Floats:
+        samples, places = index
+        file, row = self.file[samples], self.row[samples]
+        if len(self.files) == 1 or (file == file[0]).all():
+            return self.files[file[0]][row, places]
+        return np.stack([self.files[f][r, place] for f, r, place in zip(file, row, places, strict=True)])
 
 
 @dataclass(frozen=True)
 class FeatureSet:
     """All features of one part of a fold, in the order of (unit, segment, phase) whatever wrote them.
 
-    visual, audio [S, O, 8, 512] float16; labels [S, 64, 2] float32 of the end frames n = q + 8 j (NaN = none), whatever offsets
-    are stored; ident [S, 4] int32; offsets: the O stored offsets.
+    visual, audio: [S, K, 8, 512], arrays or `Rows`; labels [S, 64, 2] float32 of the end frames n = q + 8 j (NaN = none), whatever
+    offsets are stored; ident [S, 4] int32; offsets: O of the K stored offsets; places [O]: where those lie among the K.
     """
 
-    visual: NDArray[np.float16]
-    audio: NDArray[np.float16]
+    visual: Floats | Rows
+    audio: Floats | Rows
     labels: NDArray[np.float32]
     ident: NDArray[np.int32]
     offsets: tuple[int, ...]
+    places: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.places:
+            object.__setattr__(self, "places", tuple(range(len(self.offsets))))
 
     def va(self) -> NDArray[np.float32]:
-        """Labels [S, O, 8, 2] of the clips of the stored offsets."""
+        """Labels [S, O, 8, 2] of the clips of the offsets."""
         by_offset = self.labels.reshape(-1, CLIPS, OFFSETS, 2).swapaxes(1, 2)
         return by_offset[:, list(self.offsets)]
 
+    def take(self, samples: NDArray[np.int64], offsets: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Visual and audio features [B, 8, 512] float32 of B samples, each at its own one of the O offsets (by number 0..O-1)."""
+        places = np.asarray(self.places)[offsets]
+        return self.visual[samples, places].astype(np.float32), self.audio[samples, places].astype(np.float32)
+
     def select(self, offsets: Sequence[int]) -> FeatureSet:
-        """The same samples at some of the stored offsets."""
-        places = [self.offsets.index(offset) for offset in offsets]
-        return FeatureSet(self.visual[:, places], self.audio[:, places], self.labels, self.ident, tuple(offsets))
+        """The same samples at some of the stored offsets; nothing is copied."""
+        return replace(self, offsets=tuple(offsets), places=tuple(self.places[self.offsets.index(offset)] for offset in offsets))
 
 
-def read_features(folder: Path, part: str) -> FeatureSet:
-    """Read one part ("train", "validation" or "test") of a features folder. Raises UserError where it is missing or damaged."""
+def read_features(folder: Path, part: str, mmap: bool = True) -> FeatureSet:
+    """One part ("train", "validation" or "test") of a features folder, mapped, or with `mmap=False` read into memory.
+
+    Raises UserError where it is missing or damaged.
+    """
     try:
         description = json.loads((folder / "features.json").read_text())
     except (OSError, json.JSONDecodeError):
         raise UserError(f"{folder} holds no finished features", "Run the features stage of this fold first.") from None
-    offsets = tuple(description["offsets"])
-    rows: dict[str, dict[str, bytes]] = {}
+    if description.get("version") != VERSION:
+        raise UserError(f"{folder} was written by another version of this program", AGAIN)
+    offsets, dtype = tuple(description["offsets"]), description["dtype"]
+    files = [_records(path, len(offsets), dtype, mmap) for path in sorted(folder.glob(f"{part}-*.tar"))]
+    if not files:
+        raise UserError(f"{folder} holds no features of part {part}", AGAIN)
+    ident = np.concatenate([file["id"] for file in files])
+    # a job of more ranks than samples left repeats some (`write_rest`): of equal ones the first counts
+    _, order = np.unique(ident[:, :3], axis=0, return_index=True)
+    file = np.concatenate([np.full(len(records), number) for number, records in enumerate(files)])[order]
+    row = np.concatenate([np.arange(len(records)) for records in files])[order]
+    visual, audio = (Rows([records[stream] for records in files], file, row) for stream in ("visual", "audio"))
+    return FeatureSet(visual, audio, np.concatenate([records["va"] for records in files])[order], ident[order], offsets)
+
+
+def stored_samples(folder: Path, part: str, offsets: int, dtype: FeatureType) -> Tensor:
+    """The samples [K, 3] (unit, segment, phase) of a part that an unfinished folder holds, each once; damaged tars are removed."""
+    found = [torch.empty(0, 3, dtype=torch.int32)]
     for path in sorted(folder.glob(f"{part}-*.tar")):
-        with tarfile.open(path) as tar:
-            for info in tar:
-                key, member = info.name.split(".", 1)
-                source = tar.extractfile(info)
-                assert source is not None
-                rows.setdefault(key, {})[member] = source.read()
-    if not rows:
-        raise UserError(f"{folder} holds no features of part {part}", "Run the features stage of this fold again.")
-    shape = (len(rows), len(offsets), CLIPS)
-
-    def stack(member: str, dtype: str, tail: tuple[int, ...]) -> NDArray[Any]:
         try:
-            return np.stack([np.frombuffer(rows[key][member], dtype) for key in sorted(rows)]).reshape(tail)
-        except (KeyError, ValueError):
-            raise UserError(f"{folder} has incomplete features of part {part}", "Run the features stage of this fold again.") from None
+            found.append(torch.from_numpy(_records(path, offsets, dtype, mmap=True)["id"][:, :3].copy()))
+        except UserError as error:
+            print(f"{error.sentence}: its samples are computed again", flush=True)
+            path.unlink()
+    return torch.cat(found).unique(dim=0)
 
-    return FeatureSet(
-        stack("visual.f16", "<f2", (*shape, WIDTH)),
-        stack("audio.f16", "<f2", (*shape, WIDTH)),
-        stack("va.f32", "<f4", (len(rows), SUBSEQUENCE, 2)),
-        stack("id.i32", "<i4", (len(rows), 4)),
-        offsets,
-    )
+
+def _records(path: Path, offsets: int, dtype: FeatureType, mmap: bool) -> NDArray[Any]:
+    """A tar of features as an array of records. Raises UserError where its size or its names are not those of whole samples."""
+    suffix = _SUFFIX[dtype]
+    fields: list[Any] = []
+    for member, kind, shape in (
+        ("visual", f"<{suffix[0]}{int(suffix[1:]) // 8}", (offsets, CLIPS, WIDTH)),
+        ("audio", f"<{suffix[0]}{int(suffix[1:]) // 8}", (offsets, CLIPS, WIDTH)),
+        ("va", "<f4", (SUBSEQUENCE, 2)),
+        ("id", "<i4", (4,)),
+    ):
+        filling = -(np.dtype(kind).itemsize * int(np.prod(shape))) % BLOCK
+        fields += [(f"{member}-name", "S100"), (f"{member}-header", f"V{BLOCK - 100}"), (member, kind, shape)]
+        fields += [(f"{member}-filling", f"V{filling}")] * (filling > 0)
+    record = np.dtype(fields)
+    size = path.stat().st_size
+    count = size // record.itemsize
+    whole = -(-(count * record.itemsize + 2 * BLOCK) // ENDING) * ENDING
+    if count and size == whole:
+        records: NDArray[Any] = np.memmap(path, record, "r", shape=(count,)) if mmap else np.fromfile(path, record, count)
+        names = [
+            records[f"{member}-name"][place].decode("ascii", "replace") for place in (0, -1) for member in ("visual", "audio", "va", "id")
+        ]
+        keys = [_key(records["id"][place]) for place in (0, -1)]
+        if names == [f"{key}.{name}" for key in keys for name in (f"visual.{suffix}", f"audio.{suffix}", "va.f32", "id.i32")]:
+            return records
+    raise UserError(f"{path} is damaged: it does not hold whole samples", AGAIN)
 
 
 def epoch_order(samples: int, offsets: int, passes: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
@@ -165,9 +245,10 @@ class FeatureLoader:
         va = torch.from_numpy(self._va[sample, place])
         if blank:
             va.fill_(float("nan"))
+        visual, audio = self.features.take(sample, place)
         found = {
-            "visual": torch.from_numpy(self.features.visual[sample, place].astype(np.float32)),
-            "audio": torch.from_numpy(self.features.audio[sample, place].astype(np.float32)),
+            "visual": torch.from_numpy(visual),
+            "audio": torch.from_numpy(audio),
             "va": va,
             "id": torch.from_numpy(self.features.ident[sample]),
             "q": torch.tensor([self.features.offsets[k] for k in place]),
@@ -187,6 +268,3 @@ class FeatureLoader:
         """The same as `restore`: the order does not depend on the number of ranks, so the rest of an epoch divides by itself."""
         for state in states:
             self.restore(state)
-
-
-__all__ = ["FeatureLoader", "FeatureSet", "FeatureWriter", "epoch_order", "read_features", "write_description"]

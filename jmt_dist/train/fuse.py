@@ -32,7 +32,7 @@ def stored_features(plan: FoldPlan, part: str) -> FeatureSet:
     folder = plan.folder / "features"
     if finished(folder, plan.key("features")) is None:
         raise UserError(f"{folder} holds no features of this recipe", "Run the stages visual, audio and features first.")
-    return read_features(folder, part)
+    return read_features(folder, part, plan.recipe.data.mmap)
 
 
 def fusion_stage(plan: FoldPlan, model: FusionModel, seed: int, train: FeatureSet, validation: FeatureSet) -> Stage:
@@ -75,14 +75,12 @@ def fusion_stage(plan: FoldPlan, model: FusionModel, seed: int, train: FeatureSe
 
 def _dense(features: FeatureSet, first: int, step: int, device: torch.device) -> Iterator[Batch]:
     """All (sample, offset) pairs of `features`, every `step`-th chunk of them from `first`."""
-    visual, audio, va = (np.reshape(x, (-1, *x.shape[2:])) for x in (features.visual, features.audio, features.va()))
-    for begin in range(first * CHUNK, len(va), step * CHUNK):
-        rows = slice(begin, begin + CHUNK)
-        yield {
-            "visual": torch.from_numpy(visual[rows].astype(np.float32)).to(device),
-            "audio": torch.from_numpy(audio[rows].astype(np.float32)).to(device),
-            "va": torch.from_numpy(va[rows]).to(device),
-        }
+    va, offsets = features.va(), len(features.offsets)
+    for begin in range(first * CHUNK, len(va) * offsets, step * CHUNK):
+        samples, places = np.divmod(np.arange(begin, min(begin + CHUNK, len(va) * offsets)), offsets)
+        visual, audio = features.take(samples, places)
+        found = {"visual": visual, "audio": audio, "va": va[samples, places]}
+        yield {name: torch.from_numpy(values).to(device) for name, values in found.items()}
 
 
 @torch.no_grad()

@@ -60,8 +60,8 @@ class FoldPlan:
             return make_key(stage, options.model_dump(), recipe.engine.model_dump(), recipe.seed, data, self._manifest(), digest(options))
         if stage == "features":
             data = {part: shards.index_hash for part, shards in self.parts.items()}
-            precision = recipe.engine.precision
-            return make_key(stage, recipe.features.offsets, precision, data, self.key("visual"), self.key("audio"))
+            stored = (recipe.features.offsets, recipe.features.dtype, recipe.engine.precision)
+            return make_key(stage, stored, data, self.key("visual"), self.key("audio"))
         raise ValueError(stage)
 
     def fusion_key(self, model: FusionModel, seed: int) -> str:

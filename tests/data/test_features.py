@@ -10,7 +10,16 @@ import pytest
 import torch
 import webdataset
 
-from jmt_dist.data.features import FeatureLoader, FeatureSet, FeatureWriter, epoch_order, read_features, write_description
+from jmt_dist.data.features import (
+    FeatureLoader,
+    FeatureSet,
+    FeatureType,
+    FeatureWriter,
+    epoch_order,
+    read_features,
+    stored_samples,
+    write_description,
+)
 from jmt_dist.errors import UserError
 
 
@@ -26,23 +35,58 @@ def features(samples: int, offsets: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7), 
     )
 
 
-def write(folder: Path, made: FeatureSet, ranks: int) -> None:
+def write(folder: Path, made: FeatureSet, ranks: int, dtype: FeatureType = "float16") -> None:
+    assert isinstance(made.visual, np.ndarray) and isinstance(made.audio, np.ndarray)
     for rank in range(ranks):
-        writer = FeatureWriter(folder, "train", rank)
+        writer = FeatureWriter(folder, "train", f"{rank:05d}", dtype)
         for row in range(rank, len(made.ident), ranks):
             writer.add(made.ident[row], torch.from_numpy(made.visual[row]), torch.from_numpy(made.audio[row]), made.labels[row])
         writer.close()
-    write_description(folder, made.offsets, ranks)
+    write_description(folder, made.offsets, dtype)
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_come_back_in_one_order_whoever_wrote_them(tmp_path: Path, ranks: int) -> None:
+def everything(made: FeatureSet) -> tuple[np.ndarray, np.ndarray]:
+    """Features of all samples and offsets, sample by sample."""
+    return made.take(*(place.ravel() for place in np.indices((len(made.ident), len(made.offsets)))))
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+@pytest.mark.parametrize(("ranks", "dtype"), [(1, "float16"), (3, "float16"), (3, "float32")])
+def test_come_back_in_one_order_whoever_wrote_them(tmp_path: Path, ranks: int, dtype: FeatureType, mmap: bool) -> None:
     made = features(7, (1, 5))
-    write(tmp_path, made, ranks)
-    found = read_features(tmp_path, "train")
+    write(tmp_path, made, ranks, dtype)
+    found = read_features(tmp_path, "train", mmap)
     assert found.offsets == (1, 5)
-    for name in ("visual", "audio", "labels", "ident"):
-        assert np.array_equal(getattr(found, name), getattr(made, name)), name
+    assert np.array_equal(found.labels, made.labels) and np.array_equal(found.ident, made.ident)
+    for mine, theirs in zip(everything(found), (made.visual, made.audio), strict=True):
+        assert mine.dtype == np.float32 and np.array_equal(mine.reshape(7, 2, 8, 512), theirs)
+    for offset, place in ((5, 1), (1, 0)):
+        for mine, theirs in zip(everything(found.select([offset])), (made.visual, made.audio), strict=True):
+            assert np.array_equal(mine, theirs[:, place])
+
+
+def test_what_a_rank_repeats_comes_once(tmp_path: Path) -> None:
+    made = features(5, (0,))
+    write(tmp_path, made, 2)
+    (tmp_path / "train-00002.tar").write_bytes((tmp_path / "train-00000.tar").read_bytes())
+    assert np.array_equal(read_features(tmp_path, "train").ident, made.ident)
+    assert stored_samples(tmp_path, "train", 1, "float16").tolist() == made.ident[:, :3].tolist()
+
+
+def test_float32_keeps_every_bit_and_float16_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
+    made = features(2, (0,))
+    exact = (torch.arange(8 * 512.0).reshape(1, 8, 512) * 1e-3 + 1e6).sin() * 7e4
+    writer = FeatureWriter(tmp_path / "full", "train", "0", "float32")
+    writer.add(made.ident[0], exact, -exact, made.labels[0])
+    writer.close()
+    write_description(tmp_path / "full", [0], "float32")
+    visual, audio = everything(read_features(tmp_path / "full", "train"))
+    assert np.array_equal(visual, exact) and np.array_equal(audio, -exact)
+    writer = FeatureWriter(tmp_path / "half", "train", "0")
+    with pytest.raises(UserError, match=r"visual feature of sample 00000-0000-0 is too large.*dtype=float32"):
+        writer.add(made.ident[0], exact, exact / 10, made.labels[0])
+    with pytest.raises(UserError, match="audio backbone gives NaN"):
+        writer.add(made.ident[0], exact / 10, exact * float("nan"), made.labels[0])
 
 
 def test_plain_webdataset_reads_them(tmp_path: Path) -> None:
@@ -64,6 +108,28 @@ def test_missing_and_incomplete_folders_are_refused(tmp_path: Path) -> None:
     write(tmp_path, features(2), 1)
     with pytest.raises(UserError, match="part validation"):
         read_features(tmp_path, "validation")
+    (tmp_path / "features.json").write_text('{"version": 1, "offsets": [0], "ranks": 1}')
+    with pytest.raises(UserError, match="another version"):
+        read_features(tmp_path, "train")
+
+
+@pytest.mark.parametrize("fault", ["short", "long", "renamed", "other type"])
+def test_damaged_tars_are_refused_and_computed_again(tmp_path: Path, fault: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, features(4, (0,)), 2, "float32" if fault == "other type" else "float16")
+    write_description(tmp_path, [0])
+    path = tmp_path / "train-00001.tar"
+    data = path.read_bytes()
+    if fault == "short":
+        path.write_bytes(data[:-20_000])
+    elif fault == "long":
+        path.write_bytes(data + data[:512])
+    elif fault == "renamed":
+        path.write_bytes(data.replace(b"visual.f16", b"visual.f15"))
+    with pytest.raises(UserError, match="whole samples"):
+        read_features(tmp_path, "train")
+    left = stored_samples(tmp_path, "train", 1, "float16")
+    assert len(left) == (0 if fault == "other type" else 2) and not path.exists()
+    assert "computed again" in capsys.readouterr().out
 
 
 def test_an_epoch_takes_each_sample_once_a_pass_and_no_offset_twice() -> None:
