@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing as mp
 import os
 import random
 import signal
@@ -18,10 +17,10 @@ from jmt_dist.config import PackOptions
 from jmt_dist.data.pack import pack
 from jmt_dist.track.spool import read_metrics
 from tests.data.tree import write_unit
+from tests.ranks import server
 
 RECIPE = Path(__file__).parents[2] / "launch" / "recipes" / "demo.yaml"
 KILLS = 20
-PRELOAD = ["deepspeed", "nvidia.dali.plugin.pytorch", "jmt_dist.train.fold", "tests.train.test_kill"]
 
 
 def fold(rank: int, folder: Path, out: Path) -> None:
@@ -97,8 +96,7 @@ def test_a_fold_killed_twenty_times_ends_where_an_undisturbed_one_does(tmp_path:
     for k in range(7):
         write_unit(tmp_path / "tree", f"u{k}", 70, k, "Train_Set" if k < 5 else "Validation_Set")
     pack(PackOptions(source=str(tmp_path / "tree"), out=str(tmp_path / "shards"), workers=1), say=lambda line: None)
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = server()
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for out in (whole, parts):
         out.mkdir()
