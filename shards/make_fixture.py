@@ -18,6 +18,7 @@ def main(words: list[str]) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from jmt_dist.affwild2.fixture import make_fixture, plan_fixture
+    from jmt_dist.data.report import printable
     from jmt_dist.recipe import build, word_layer
 
     options = build(FixtureOptions, [word_layer(word) for word in words])
@@ -36,7 +37,7 @@ def main(words: list[str]) -> int:
         task = bar.add_task("", total=len(videos))
 
         def show(done: int, total: int, name: str) -> None:
-            bar.update(task, completed=done, description=name)
+            bar.update(task, completed=done, description=printable(name))
             if not console.is_terminal and (done % 10 == 0 or done == total):
                 print(f"{done}/{total} videos", flush=True)
 

@@ -29,7 +29,7 @@ from jmt_dist.affwild2.fixture_walk import Array, Cues, Rows, ceilings, stream, 
 from jmt_dist.config import FixtureOptions
 from jmt_dist.errors import UserError
 
-VERSION = 1  # raised when the same options give other files
+VERSIONS = {"none": 1, "harmless": 1, "all": 2}  # by gotchas; raised when the same options give other files
 MANIFEST = "fixture.json"
 UNFINISHED = ".unfinished"  # work in progress and what is done; gone when the fixture is complete
 CROPS, NEW_CROPS = "cropped_aligned", "cropped_aligned_new_50_vids"
@@ -81,7 +81,7 @@ def make_fixture(options: FixtureOptions, progress: Progress | None = None) -> F
 
 
 def _signature(options: FixtureOptions) -> dict[str, Any]:
-    return {"version": VERSION, **options.model_dump(mode="json", exclude={"out", "workers"})}
+    return {"version": VERSIONS[options.gotchas], **options.model_dump(mode="json", exclude={"out", "workers"})}
 
 
 def _is_complete(out: Path, options: FixtureOptions) -> bool:
@@ -169,10 +169,10 @@ def make_video(out: Path, seed: int, plan: VideoPlan) -> str:
     for unit in plan.people:
         _publish_crops(out, work, unit)
         if unit.split != "test":
-            folder = out / LABELS / SETS[unit.split]
-            folder.mkdir(parents=True, exist_ok=True)
             labels = unit_rows(seed, plan, unit, complete=False).labels
-            _write(folder / f"{unit.name}.txt", label_file(unit.gotcha, labels, _decimals(unit)))
+            _publish_labels(out, unit, SETS[unit.split], labels)
+            if unit.gotcha == "duplicate":  # shorter, so that taking it for the first would be seen
+                _publish_labels(out, unit, SETS["validation"], labels[: len(labels) // 2])
     shutil.rmtree(work)
     _mark(out, plan).touch()
     return plan.stem
@@ -235,11 +235,21 @@ def _write_media(work: Path, seed: int, plan: VideoPlan, pictures: NDArray[np.ui
 # ---- publishing
 
 
+def _publish_labels(out: Path, unit: UnitPlan, folder: str, labels: Array) -> None:
+    path = out / LABELS / folder / f"{unit.name}.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, label_file(unit.gotcha, labels, _decimals(unit)))
+
+
 def _publish_media(out: Path, work: Path, plan: VideoPlan) -> None:
     gotcha = plan.people[0].gotcha
     if gotcha == "no-media":
         return
     target = out / plan.batch / (plan.stem + plan.suffix)
+    if gotcha == "duplicate":
+        double = work / f"double{plan.suffix}"
+        shutil.copyfile(work / f"media{plan.suffix}", double)
+        _move(double, out / "batch2" / target.name)
     _move(work / f"media{plan.suffix}", target, out / STORE if gotcha == "symbolic-link" else None)
 
 

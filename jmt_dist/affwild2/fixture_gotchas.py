@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -34,6 +35,7 @@ class Gotcha:
     sound: Sound = field(default_factory=Sound)
     stem: str = ""
     variable: bool = False
+    people: tuple[str, ...] = ("",)  # suffixes of the units of its video
 
 
 _AVI = Sound("pcm_s16le")
@@ -75,6 +77,10 @@ COSTLY = (
     Gotcha("new-folder", "crops in cropped_aligned_new_50_vids", 44),
     Gotcha("split-folder", "crops in both crop folders", 44, split="validation"),
     Gotcha("test-unreadable", "a test unit with an unreadable container and one crop gone", 44, 1, split="test"),
+    # what comes later stands at the end: a unit's number sets its looks and levels
+    Gotcha("duplicate", "labels in both sets, the video in both batches", 60),
+    Gotcha("name-not-utf8", "a name that is not UTF-8", 44, stem=os.fsdecode(b"video392-caf\xe9")),
+    Gotcha("main-and-left", "two people, one of them under the video's own name", 48, people=("", "_left")),
 )
 _BY_NAME = {g.name: g for g in (*HARMLESS, *COSTLY)}
 
@@ -84,13 +90,15 @@ def plan_gotchas(level: Literal["none", "harmless", "all"], first: int) -> list[
     if level == "none":
         return []
     chosen = HARMLESS + (COSTLY if level == "all" else ())
-    return [_plan(g, k, first + k, costly=k >= len(HARMLESS)) for k, g in enumerate(chosen)]
+    firsts = np.cumsum([first, *(len(g.people) for g in chosen)])
+    return [_plan(g, k, int(firsts[k]), costly=k >= len(HARMLESS)) for k, g in enumerate(chosen)]
 
 
-def _plan(g: Gotcha, place: int, number: int, costly: bool) -> VideoPlan:
+def _plan(g: Gotcha, place: int, first: int, costly: bool) -> VideoPlan:
     stem = g.stem or stem_of(100 + place, g.fps)
-    person = UnitPlan(stem, g.split, g.rows, number, number, g.name)
-    return VideoPlan(stem, g.suffix, "batch2", g.fps, g.rows - g.extra, g.sound, (person,), g.variable, costly)
+    people = tuple(UnitPlan(stem + side, g.split, g.rows, first + k, first + k, g.name) for k, side in enumerate(g.people))
+    batch: Literal["batch1", "batch2"] = "batch1" if g.name == "duplicate" else "batch2"
+    return VideoPlan(stem, g.suffix, batch, g.fps, g.rows - g.extra, g.sound, people, g.variable, costly)
 
 
 def text_of(name: str) -> str:

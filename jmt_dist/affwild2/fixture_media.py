@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def _video_stream(container: Any, plan: VideoPlan) -> Any:
         stream = container.add_stream("mpeg4", rate=plan.fps, options={"qscale": "6", "flags": "+qscale+bitexact"})
     else:
         # half of the files have B-frames, and with them packets out of order and a first timestamp after 0
-        speed = {"preset": "veryfast", "bf": "2"} if sum(plan.stem.encode()) % 2 else {"preset": "ultrafast"}
+        speed = {"preset": "veryfast", "bf": "2"} if sum(os.fsencode(plan.stem)) % 2 else {"preset": "ultrafast"}
         stream = container.add_stream("libx264", rate=plan.fps, options={**speed, "crf": "30", "flags": "+bitexact"})
     stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
     stream.codec_context.thread_count = 1

@@ -7,6 +7,7 @@ averaging over time does not lift the ceiling, and each modality draws nothing b
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from zlib import crc32
@@ -30,7 +31,7 @@ _SPREAD = 1.0 / 3.0  # variance of a uniform value in [-1, 1]
 
 def stream(seed: int, *names: str | int) -> np.random.Generator:
     """An own random stream for whatever is named, the same for any number of workers and any order of work."""
-    return np.random.default_rng([seed, *(crc32(str(name).encode()) for name in names)])
+    return np.random.default_rng([seed, *(crc32(os.fsencode(str(name))) for name in names)])
 
 
 def _noise_for(correlation: float) -> float:

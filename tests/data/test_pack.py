@@ -361,7 +361,9 @@ def test_every_irregularity_of_the_dataset(irregular: Path, tmp_path: Path) -> N
     gotchas = {name: unit["gotcha"] for name, unit in _units(told).items() if unit.get("gotcha")}
     packed = pack(options(irregular, out, samples_per_shard=64, workers=2), quiet)
     assert packed.report is not None and packed.manifest is not None
-    assert {gotchas[name] for name in packed.report.omitted} == {"no-crops", "rows-plus-6", "rows-minus-5", "label-broken"}
+    assert {gotchas[name] for name in packed.report.omitted} == {
+        "no-crops", "rows-plus-6", "rows-minus-5", "label-broken", "name-not-utf8",
+    }  # fmt: skip
     modes: dict[str, set[int]] = {}
     for text, sample in samples(out).items():
         modes.setdefault(gotchas.get(parse_key(text)[0], ""), set()).add(int(sample.id[3]))
@@ -405,6 +407,9 @@ def test_every_irregularity_of_the_dataset(irregular: Path, tmp_path: Path) -> N
         ("name-with-space", "name escaped in keys"),
         ("symbolic-link", "symbolic links"),
         ("new-folder", "crops in a further folder"),
+        ("duplicate", "duplicate labels"),
+        ("duplicate", "duplicate videos"),
+        ("main-and-left", "several people in one video"),
     ]:
         assert pair in noted, pair
     quiet_ones = (
