@@ -243,6 +243,7 @@ class Site(Options):
     extra: dict[str, Word] = Field({}, description="further sbatch options, name: value")
     staging: str = Field("", description="node-local folder to copy the shards to before training; empty = none")
     signal_seconds: Positive = Field(120, description="seconds before the time limit at which SLURM warns the job")
+    system_seconds: Count = Field(10, description="seconds between samples of CPU, memory, GPU and I/O; 0 = none")
     tracking_uri: str = Field("", description="MLflow tracking URI; empty: sqlite beside the run (local), spool only (slurm)")
 
 

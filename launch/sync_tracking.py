@@ -1,7 +1,7 @@
 """Send to MLflow what the folds of a run folder still have in their spools; sending again adds nothing.
 
     python launch/sync_tracking.py out=runs/demo                   after a server was away, or where jobs only spool (SLURM)
-    python launch/sync_tracking.py out=runs/demo watch=true        every few seconds, until all folds are done or Ctrl-C
+    python launch/sync_tracking.py out=runs/demo watch=true        every few seconds, until no fold goes on, or Ctrl-C
     python launch/sync_tracking.py out=runs/demo uri=http://tracking.internal:5000
 
 Ends with what was sent and what is left; exit code 3 where something is left.
@@ -9,6 +9,7 @@ Ends with what was sent and what is left; exit code 3 where something is left.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from jmt_dist.config import Options
+from jmt_dist.errors import UserError
 from jmt_dist.program import OK, OMISSIONS, run
 from jmt_dist.recipe import build, word_layer
 
@@ -28,18 +30,21 @@ class SyncOptions(Options):
 
     out: str = Field(description="run folder, as submit_folds.py printed it")
     uri: str = Field("", description="MLflow tracking URI; empty: the one the run was submitted with, else sqlite beside the run folder")
-    watch: bool = Field(False, description="go on sending until every fold is done")
+    watch: bool = Field(False, description="go on sending until every fold is done, failed or stopped")
     every: Annotated[float, Field(gt=0)] = Field(5.0, description="seconds between two rounds of watch=true")
 
 
 def main(words: list[str]) -> int:
-    """Replay the spools, once or until all folds are done."""
+    """Replay the spools, once or until no fold goes on."""
     options = build(SyncOptions, [word_layer(word) for word in words])
+    from jmt_dist.cluster.tracking import close_lost
     from jmt_dist.track.sync import finished, sync
 
     out = Path(options.out)
     print(f"sending the spools of {out}", flush=True)
     while True:
+        with contextlib.suppress(UserError):  # a machine without SLURM's commands sends all the same
+            close_lost(out)
         folds = sync(out, options.uri)
         left = _print(folds, quiet=options.watch)
         if not options.watch or (not left and finished(out)):

@@ -10,10 +10,16 @@ from jmt_dist.errors import UserError
 
 def compare(out: Path) -> None:
     """Write Table 1 and the report of a run folder, and say what is missing in them; a store that fails does not keep them away."""
+    from jmt_dist.cluster.tracking import close_lost
     from jmt_dist.track.report import compare_run, show
     from jmt_dist.track.sync import left, sync
 
-    if left(out):
+    try:
+        lost = close_lost(out)
+    except UserError as error:
+        lost = []
+        print(f"tracking: {error}", file=sys.stderr)
+    if left(out) or lost:
         try:
             for fold in sync(out):
                 if fold.problem:

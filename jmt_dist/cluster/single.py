@@ -11,6 +11,7 @@ from types import FrameType
 
 from jmt_dist.cluster import attempts, plan, preflight, status
 from jmt_dist.cluster.options import RunFoldOptions
+from jmt_dist.cluster.snapshot import describe_code
 from jmt_dist.config import Recipe, Site
 from jmt_dist.program import FAILED, OK
 from jmt_dist.recipe import dump
@@ -35,6 +36,7 @@ def run_single(options: RunFoldOptions, recipe: Recipe, place: Site, function: s
         if not (out / "recipe.yaml").exists():
             dump(recipe, out / "recipe.yaml")
             dump(place, out / "site.yaml")
+        describe_code(out)
     code = _run(recipe, place, options.fold, out, plan.work_hash(recipe, manifest), function, first)
     if first:
         print(out / options.fold)

@@ -128,3 +128,15 @@ def squeue(job: str) -> dict[str, str]:
         raise UserError(f"squeue failed: {' '.join(answer.stderr.split())}", "Is slurmctld reachable? See check_site.py.")
     lines = (line.split("|") for line in answer.stdout.splitlines() if "|" in line)
     return {identity.strip(): state.strip() for identity, state in lines}
+
+
+def sacct(job: str) -> str:
+    """The state SLURM's accounting remembers of a job that has left the queue, without details; empty where there is none."""
+    words = ["sacct", "--parsable2", "--allocations", "--duplicates", "-j", job, "--format", "JobID,State"]
+    try:
+        answer = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    rows = [line.split("|") for line in answer.stdout.splitlines()] if answer.returncode == 0 else []
+    states = [row[1].split()[0] for row in rows if row[0] == job and row[1].strip()]  # `CANCELLED by 1000`
+    return states[-1] if states else ""  # the last of its starts

@@ -51,6 +51,13 @@ def take_snapshot(out: Path) -> Snapshot:
     return snapshot
 
 
+def describe_code(out: Path) -> None:
+    """Write `<out>/snapshot.json` for a fold that runs this very code, of which no copy is made."""
+    source = Path(jmt_dist.__file__ or "").resolve().parent
+    commit, dirty = git_state(source)
+    write_json(out / "snapshot.json", {**asdict(Snapshot("", _digest(_read(source)), commit, dirty, str(source))), "time": now()})
+
+
 def git_state(source: Path) -> tuple[str, tuple[str, ...]]:
     """The commit of the checkout that holds `source` and the changed files of the package; empty outside a checkout."""
 

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import getpass
+import socket
 from pathlib import Path
 
+from jmt_dist.cluster import control, slurm
 from jmt_dist.cluster.plan import Plan
 from jmt_dist.cluster.snapshot import Snapshot
-from jmt_dist.cluster.status import read_json, write_json
+from jmt_dist.cluster.status import read_json, read_status, update_status, write_json
 from jmt_dist.config import Site
+from jmt_dist.track.facts import describe_code
+
+# accounting, or this machine's view of status.json, is behind: ask again later
+LAGS_BEHIND = ("COMPLETED", "PENDING", "REQUEUED", "RESIZING", "RUNNING", "SUSPENDED")
+ENDED_FROM_OUTSIDE = ("CANCELLED", "DEADLINE", "PREEMPTED", "TIMEOUT")
 
 
 def store(out: Path, site: Site) -> str:
@@ -32,19 +39,52 @@ def prepare(plan: Plan, snapshot: Snapshot) -> None:
     write_json(plan.out / "submission.json", {"work": plan.work, "uri": uri, "submission": plan.submission})
 
 
+def close_lost(out: Path) -> list[str]:
+    """Record the end of folds whose job is gone although their status says that it goes on; returns them.
+
+    A node that fails, or a job that is killed together with its batch script, leaves nobody to write it. What SLURM's
+    accounting remembers decides between stopped (CANCELLED, TIMEOUT, …) and failed; without it: failed. The run in
+    MLflow then follows the status (`track.sync`). Raises UserError where the scheduler does not answer.
+    """
+    jobs = read_json(out / "jobs.json")
+    here = jobs.get("executor") == "slurm" or jobs.get("scheduler", {}).get("host") == socket.gethostname()
+    if not jobs or not here:  # processes of another machine cannot be seen from this one
+        return []
+    alive = control.alive_states(out, jobs)
+    found = []
+    for entry in jobs.get("jobs", []):
+        fold, job = str(entry["fold"]), str(entry["job"])
+        state = read_status(out, fold).get("state")
+        if fold in alive or state not in ("running", "waiting"):
+            continue
+        ended = slurm.sacct(job) if jobs.get("executor") == "slurm" else ""
+        if ended in (
+            "COMPLETED",
+            "PENDING",
+            "REQUEUED",
+            "RESIZING",
+            "RUNNING",
+            "SUSPENDED",
+        ):  # it, or what is read here, lags behind: ask later
+            continue
+        reason = f"job {job} is gone{f': {ended}' if ended else ''}"
+        update_status(out, fold, state="stopped" if ended in ENDED_FROM_OUTSIDE else "failed", reason=reason)
+        found.append(fold)
+    return found
+
+
 def _create(plan: Plan, snapshot: Snapshot, uri: str, same: bool, missing: list[str]) -> None:
     from jmt_dist.track import tracker  # brings MLflow: 1.5 s
 
     parent = tracker.ParentRun.load(plan.out) if same else None
     if parent is None:
         tags = {
-            "code.commit": snapshot.commit,
-            "code.dirty": str(bool(snapshot.dirty)).lower(),
-            "code.sha256": snapshot.sha256,
+            **describe_code(snapshot.commit, bool(snapshot.dirty), snapshot.sha256),
+            "mlflow.user": getpass.getuser(),
+            "mlflow.source.name": "launch/submit_folds.py",
             "folder": str(plan.out),
             "site": plan.site.name,
             "submission": plan.submission,
-            "user": getpass.getuser(),
         }
         artifacts = None if plan.site.tracking_uri else plan.out.parent / "mlartifacts"
         params = plan.recipe.model_dump(mode="json")
@@ -54,7 +94,7 @@ def _create(plan: Plan, snapshot: Snapshot, uri: str, same: bool, missing: list[
         spool = plan.out / fold / "spool"
         if (spool / "run.json").is_file():
             _keep_aside(spool)
-        run = tracker.create_child(parent, fold, {"submission": plan.submission})
+        run = tracker.create_child(parent, fold, {"submission": plan.submission, "mlflow.user": getpass.getuser()})
         tracker.save_run(spool, uri if sends else "", run)
     parent.save(plan.out)  # last: without it the next submission starts anew
 

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from jmt_dist.errors import UserError
-from jmt_dist.track.tracker import flatten
+from jmt_dist.track.facts import flatten
 
 TARGETS = ("valence", "arousal", "average")
 FOLDS = ("official", "fold-1", "fold-2", "fold-3", "fold-4", "fold-5")

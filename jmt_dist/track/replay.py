@@ -98,10 +98,10 @@ class _Sender:
             if record is None:
                 self.report.unreadable += 1
                 continue
-            self.metrics += [Metric(_name(k), v, record["t"], record["s"]) for k, v in record.get("m", {}).items()]
+            self.metrics += [Metric(metric_name(k), v, record["t"], record["s"]) for k, v in record.get("m", {}).items()]
             for name, value in record.get("p", {}).items():
-                self.params.setdefault(_name(name), str(value))
-            self.tags.update({_name(name): str(value) for name, value in record.get("g", {}).items()})
+                self.params.setdefault(metric_name(name), str(value))
+            self.tags.update({metric_name(name): str(value) for name, value in record.get("g", {}).items()})
             if len(self.metrics) >= METRICS_PER_CALL or "z" in record:
                 self._flush()
                 if "z" in record:
@@ -193,8 +193,8 @@ def _send_artifacts(folder: Path, client: Any, offset: _Offset, report: ReplayRe
         _write_offset(folder, offset)
 
 
-def _name(name: str) -> str:
-    """The name with every character that MLflow does not take replaced by an underscore."""
+def metric_name(name: str) -> str:
+    """The name of a metric, param or tag with every character that MLflow does not take replaced by an underscore."""
     return re.sub(r"[^\w\-. :/]", "_", name)[:250]
 
 

@@ -13,13 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jmt_dist.errors import UserError
-from jmt_dist.track import names, plots
+from jmt_dist.track import plots
 from jmt_dist.track.compare import (
     RunResult,
     Score,
     Table,
-    folds_mean,
     markdown,
     read_ceilings,
     read_run,
@@ -29,7 +27,8 @@ from jmt_dist.track.compare import (
     table1,
     table1_csv,
 )
-from jmt_dist.track.tracker import ParentRun, client_environment, connect
+from jmt_dist.track.publish import publish_comparison, publish_run
+from jmt_dist.track.tracker import ParentRun
 
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1b1b1b;background:#fff;max-width:1160px;margin:2.5em auto;padding:0 1.5em}
@@ -71,7 +70,7 @@ def compare_run(out: Path, fixture: Path | None = None) -> Comparison:
     page = _page(heading, f"run folder {out.resolve()}", result, figures, run.recipe)
     texts = {"table1.csv": table1_csv(run), "table1.md": "\n".join(markdown(table) for table in result.tables), "report.html": page}
     result.files += [_write(out / name, text) for name, text in texts.items()]
-    problem = _log(run, result.files)
+    problem = publish_run(run, result.files)
     if problem:
         result.omissions.append(problem)
     result.hints += _ways_to_see(out)
@@ -101,6 +100,9 @@ def compare_runs(folders: Sequence[Path], out: Path) -> Comparison:
     texts = {"comparison.csv": runs_csv(runs), "comparison.md": markdown(result.tables[0]), "report.html": page}
     out.mkdir(parents=True, exist_ok=True)
     result.files += [_write(out / name, text) for name, text in texts.items()]
+    problem = publish_comparison(runs, out, result.files)
+    if problem:
+        result.omissions.append(problem)
     return result
 
 
@@ -194,46 +196,6 @@ def _html_table(table: Table) -> str:
         body.append(f"<tr>{''.join(cells)}</tr>")
     note = f'<p class="note">{html.escape(table.note)}</p>' if table.note else ""
     return f'<h2>{html.escape(table.title)}</h2><div class="wide"><table><tr>{head}</tr>{"".join(body)}</table></div>{note}'
-
-
-def _log(run: RunResult, files: Sequence[Path]) -> str:
-    """Store files and scores in the parent run, if there is one; returns what went wrong, "" if nothing."""
-    try:
-        parent = ParentRun.load(run.out)
-        if parent is None:
-            return ""
-        with client_environment():
-            _log_parent(run, parent, files)
-    except UserError as error:
-        return str(error)
-    except Exception as error:
-        uri = parent.uri if parent else ""
-        return f"MLflow ({uri}) did not take the report: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return ""
-
-
-def _log_parent(run: RunResult, parent: ParentRun, files: Sequence[Path]) -> None:
-    from mlflow.entities import Metric
-
-    client = connect(parent.uri)
-    metrics = []
-    for row in run.folds:
-        if row.score is not None:
-            # the time of the result, not of this comparison: comparing again adds no points
-            when = int((run.out / row.fold / "metrics.json").stat().st_mtime * 1000)
-            metrics += [Metric(name, v, when, 0) for name, v in names.ccc(row.fold, row.score.values()).items()]
-    mean = folds_mean(run)
-    if mean is not None and metrics:
-        when = max(metric.timestamp for metric in metrics)
-        metrics += [Metric(name, v, when, 0) for name, v in names.ccc("folds_mean", mean[0]).items()]
-        metrics += [Metric(name, v, when, 0) for name, v in names.ccc("folds_std", mean[1]).items()]
-    client.log_batch(parent.run_id, metrics=metrics)
-    for path in files:
-        client.log_artifact(parent.run_id, str(path))
-    if not run.missing:
-        client.set_terminated(parent.run_id, "FINISHED")
-    elif all(row.reason.startswith("failed") for row in run.missing):
-        client.set_terminated(parent.run_id, "FAILED")
 
 
 def _write(path: Path, text: str) -> Path:

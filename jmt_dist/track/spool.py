@@ -93,6 +93,12 @@ class Spool:
             for first, group in by_time.items():
                 self._append({"t": first, "s": int(step), "m": group})
 
+    def next_step(self, name: str) -> int:
+        """The step after the last one recorded of a metric; 0 for one that has none."""
+        with self._lock:
+            points = self._points.get(name)
+            return points.steps[-1] + 1 if points and points.steps else 0
+
     def params(self, values: Mapping[str, Any]) -> None:
         """Record parameters; the store keeps the first value of each and refuses others."""
         self._record({"p": {str(k): str(v) for k, v in values.items()}})

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,17 @@ import yaml
 from jmt_dist.errors import UserError
 from jmt_dist.track.replay import ReplayReport, replay, unsent
 from jmt_dist.track.spool import EVENTS, read_records
-from jmt_dist.track.tracker import SQLITE, ParentRun, client_environment, connect, create_child, create_experiment, load_run, save_run
+from jmt_dist.track.tracker import (
+    RUN_FILE,
+    SQLITE,
+    ParentRun,
+    client_environment,
+    connect,
+    create_child,
+    create_experiment,
+    load_run,
+    save_run,
+)
 
 ENDS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}  # status.json of a fold to MLflow's states
 
@@ -35,12 +48,14 @@ def sync(out: Path, uri: str = "") -> list[FoldSync]:
     opened or there is nothing to send; a fold that fails is reported.
     """
     spools = sorted(path.parent for path in out.glob(f"*/spool/{EVENTS}"))
+    if not spools and any(out.glob(f"*/spool/{RUN_FILE}")):
+        return []  # submitted, and no fold has started yet
     if not spools:
         raise UserError(f"{out} has no spools", "Give a run folder in which a fold has started.")
     parent = ParentRun.load(out)
     recorded = parent.uri if parent else next((found for found, _ in map(load_run, spools) if found), "")
     store = uri or recorded or f"{SQLITE}{out.resolve().parent / 'mlflow.db'}"
-    with client_environment():
+    with client_environment(seconds=60), _one_writer(store):
         try:
             client = connect(store)
         except Exception as error:
@@ -57,8 +72,22 @@ def left(out: Path) -> int:
 
 
 def finished(out: Path) -> bool:
-    """Whether every fold that has a spool says that it is done."""
-    return all(_state(path.parent.parent) == "done" for path in out.glob(f"*/spool/{EVENTS}"))
+    """Whether no fold goes on or is still to start: each is done, failed or stopped."""
+    return all(_state(path.parent) in ENDS for path in out.glob("*/spool"))
+
+
+@contextlib.contextmanager
+def _one_writer(store: str) -> Iterator[None]:
+    """Wait until no other process sends to this SQLite file: a watcher and the comparison job may be on two machines."""
+    if not store.startswith(SQLITE):
+        yield
+        return
+    path = Path(store.removeprefix(SQLITE))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f"{path.name}.writer"), "a", encoding="utf-8") as lock:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _sync_fold(spool: Path, client: Any, store: str, parent: ParentRun | None) -> FoldSync:
@@ -94,7 +123,8 @@ def _end(spool: Path, client: Any, run_id: str) -> None:
     """Close the run of a job that was killed before it could say so, by what the scheduler wrote into status.json."""
     states = [record["z"] for _, record in read_records(spool) if record and "z" in record]
     end = ENDS.get(_state(spool.parent), "")
-    if end and states and states[-1] == "RUNNING" and client.get_run(run_id).info.status == "RUNNING":
+    goes_on = ("RUNNING", "SCHEDULED")
+    if end and states and states[-1] in goes_on and client.get_run(run_id).info.status in goes_on:
         client.set_terminated(run_id, end)
 
 

@@ -20,8 +20,10 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from jmt_dist.errors import UserError
+from jmt_dist.track.facts import flatten
 from jmt_dist.track.replay import ReplayReport, replay, unsent
 from jmt_dist.track.spool import STATES, Spool
+from jmt_dist.track.system import SystemMetrics
 
 T = TypeVar("T")
 SQLITE = "sqlite:///"
@@ -62,10 +64,15 @@ class ParentRun:
 
 
 @contextlib.contextmanager
-def client_environment() -> Iterator[None]:
-    """MLflow's environment for our calls: short timeouts, no telemetry, no chatter; what was set before comes back."""
+def client_environment(seconds: int | None = None) -> Iterator[None]:
+    """MLflow's environment for our calls: short timeouts, no telemetry, no chatter; what was set before comes back.
+
+    `seconds` an answer may take instead, where nobody trains meanwhile: a large file takes a server longer.
+    """
     before = {key: os.environ.get(key) for key in CLIENT_ENVIRONMENT}
     os.environ.update(CLIENT_ENVIRONMENT)
+    if seconds is not None:
+        os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(seconds)
     try:
         yield
     finally:
@@ -95,7 +102,7 @@ def connect(uri: str) -> Any:
 
 
 def create_experiment(
-    uri: str, name: str, tags: Mapping[str, Any], params: Mapping[str, Any], artifact_root: Path | None = None
+    uri: str, name: str, tags: Mapping[str, Any], params: Mapping[str, Any], artifact_root: Path | None = None, run_name: str = ""
 ) -> ParentRun:
     """Create what the jobs will write to: the SQLite file if it is one, the experiment `name`, and its parent run.
 
@@ -119,7 +126,7 @@ def create_experiment(
         else:
             experiment_id = experiment.experiment_id
         text = {str(key): str(value) for key, value in tags.items()}
-        run = _retried(lambda: client.create_run(experiment_id, run_name=name, tags=text))
+        run = _retried(lambda: client.create_run(experiment_id, run_name=run_name or name, tags=text))
         _log_params(client, run.info.run_id, params)
         return ParentRun(uri, str(experiment_id), run.info.run_id)
 
@@ -146,28 +153,19 @@ def load_run(spool: Path) -> tuple[str, str]:
     return str(values.get("uri", "")), str(values.get("run_id", ""))
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested groups as dotted names, values as text: {"a": {"b": [1]}} to {"a.b": "[1]"}."""
-    flat: dict[str, str] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, default=str)
-    return flat
-
-
 class Tracker:
     """The tracking of one fold's job: `spool`, and a thread that sends it to MLflow every two seconds.
 
+    `system_seconds`: how often the machine is measured (`track.system`); 0: never.
     With an empty `uri` or `run_id` the records stay in the spool, for `launch/sync_tracking.py`. With `folder` None
     (ranks other than 0) nothing is kept. Used as a context manager it records RUNNING, and at the end FINISHED, or
     FAILED after an exception, KILLED after Ctrl-C or an exit, or what the exception's class says in `tracking_state`
     (a requested stop: SCHEDULED). A resumed job goes on with the same run.
     """
 
-    def __init__(self, folder: Path | None, uri: str = "", run_id: str = "") -> None:
+    def __init__(self, folder: Path | None, uri: str = "", run_id: str = "", system_seconds: float = 0) -> None:
         self.spool = Spool(folder)
+        self.system = SystemMetrics(self.spool, system_seconds)
         self.uri, self.run_id = uri, run_id
         self.problem = ""  # why the last attempt to send failed; "" after one that worked
         self.report = ReplayReport()  # of the last attempt that worked
@@ -185,6 +183,7 @@ class Tracker:
         self._environment.enter_context(client_environment())
         self._thread = threading.Thread(target=self._ship, name="tracking", daemon=True)
         self._thread.start()
+        self.system.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -194,6 +193,7 @@ class Tracker:
         """Record the state, give the shipper 5 s to send the rest, and leave what it cannot send to sync_tracking."""
         if self.spool.folder is None:
             return
+        self.system.stop()
         self.spool.state(status)
         self._stop.set()
         if self._thread is not None:

@@ -11,6 +11,8 @@ import torch
 from jmt_dist.config import STAGES, Recipe, Site
 from jmt_dist.errors import UserError
 from jmt_dist.track import names
+from jmt_dist.track.facts import record_start
+from jmt_dist.track.results import record_results
 from jmt_dist.track.spool import Spool
 from jmt_dist.track.tracker import Tracker, load_run
 from jmt_dist.train import ranks, stop
@@ -37,8 +39,10 @@ def run_fold(recipe: Recipe, site: Site, fold: str, out: Path) -> None:
     status = Status(folder, fold)
     status.set(state="running", start=now(), reason="")
     spool = folder / "spool" if ranks.rank() == 0 else None  # a spool without a folder drops what it is given
-    with Tracker(spool, *(load_run(spool) if spool else ("", ""))) as tracker:
+    with Tracker(spool, *(load_run(spool) if spool else ("", "")), site.system_seconds) as tracker:
         manifest, parts = open_parts(recipe, site, fold)
+        hashes = {"manifest": parts["train"].manifest_hash, **{f"fold.{part}": shards.index_hash for part, shards in parts.items()}}
+        record_start(tracker.spool, Path(out), recipe.model_dump(mode="json"), hashes)
         around = Surroundings(recipe.engine, device, tracker.spool.metrics, status.progress)
         plan = FoldPlan(recipe, site, fold, folder, device, manifest, parts, around)
         try:
@@ -99,7 +103,7 @@ def _evaluate(plan: FoldPlan, spool: Spool) -> None:
     if metrics:
         plan.around.status(stage="evaluate", epoch=0, step=1, steps=1, score=metrics["average"])
         spool.metrics(_results(metrics), 0)
-        spool.artifact(plan.folder / "metrics.json")
+        record_results(spool, plan.folder)
 
 
 def _results(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -203,7 +203,7 @@ def test_scores_and_files_reach_the_parent_run_once(store, tmp_path):
     assert run.info.status == "FINISHED" and run.data.metrics["fold-3/ccc_arousal"] == 0.6
     assert run.data.metrics["folds_mean/ccc_mean"] == pytest.approx(0.55)
     assert len(client.get_metric_history(parent.run_id, "official/ccc_valence")) == 1
-    assert sorted(f.path for f in client.list_artifacts(parent.run_id)) == ["report.html", "table1.csv", "table1.md"]
+    assert sorted(f.path for f in client.list_artifacts(parent.run_id)) == ["recipe.yaml", "report.html", "table1.csv", "table1.md"]
 
 
 def test_a_store_that_is_away_is_an_omission(tmp_path):
