@@ -191,6 +191,7 @@ class Recipe(Options):
     stages: Annotated[list[Stage], Field(min_length=1)] = Field(
         ["visual", "audio", "features", "fusion", "evaluate"], description="stages to run, in their fixed order"
     )
+    profile: bool = Field(False, description="write a Chrome trace of five steps into the folder of each stage that is trained")
     data: DataOptions = Field(DataOptions(), description="where samples come from")
     folds: FoldOptions = Field(FoldOptions(), description="how folds are made")
     engine: EngineOptions = Field(EngineOptions(), description="DeepSpeed engine")

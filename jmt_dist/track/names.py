@@ -5,6 +5,7 @@
 | a fold's run, the result | `val/ccc_valence`, `val/ccc_arousal`, `val/ccc_mean`; `val/smoothed/…` where windows are set |
 | the same of its baselines | `baseline/visual/ccc_mean`, … |
 | a fold's run, while it trains | `<stage>/train/loss`, `<stage>/train/lr`, `<stage>/val/ccc_mean`, `<stage>/val/best_ccc_mean`, … |
+| the same, its pace (another in every run of the same recipe) | `<stage>/train/data_wait` (share of time), `<stage>/train/steps_per_s` |
 | a fold's run, the machine | `system/…` under MLflow's own names |
 | the experiment's run | `official/ccc_mean`, `fold-1/ccc_mean`, … and over the folds 1 to 5 `folds_mean/…`, `folds_std/…` |
 
@@ -18,6 +19,7 @@ from collections.abc import Iterable
 TARGETS = ("valence", "arousal", "mean")
 RESULT = "val"  # of a fold: the scores of its recipe's fusion model, mean over seeds
 LOSS, RATE, UNLABELLED = "train/loss", "train/lr", "train/unlabelled_steps"  # of a stage
+WAIT, SPEED = "train/data_wait", "train/steps_per_s"  # of a stage
 SCORE, BEST = "val/ccc_mean", "val/best_ccc_mean"  # of a stage
 
 

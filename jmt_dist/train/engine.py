@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from jmt_dist.config import EngineOptions, OptimizerOptions, ScheduleOptions
 from jmt_dist.errors import UserError
+from jmt_dist.train.lean import clip_before_steps, is_plain, reduce_little
 
 _PRECISION: dict[str, dict[str, Any]] = {
     "fp32": {},
@@ -20,13 +22,13 @@ _PRECISION: dict[str, dict[str, Any]] = {
 
 
 def make_optimizer(parameters: list[nn.Parameter], options: OptimizerOptions) -> torch.optim.Optimizer:
-    """The optimiser of a stage; momentum is SGD's only."""
+    """The optimiser of a stage; momentum is SGD's only. Fused: one pass over the parameters, on a CPU too."""
     if options.name == "sgd":
         return torch.optim.SGD(
-            parameters, lr=options.lr, momentum=options.momentum, nesterov=options.nesterov, weight_decay=options.weight_decay
+            parameters, lr=options.lr, momentum=options.momentum, nesterov=options.nesterov, weight_decay=options.weight_decay, fused=True
         )
     kind = torch.optim.Adam if options.name == "adam" else torch.optim.AdamW
-    return kind(parameters, lr=options.lr, weight_decay=options.weight_decay)
+    return kind(parameters, lr=options.lr, weight_decay=options.weight_decay, fused=True)
 
 
 def rate(options: ScheduleOptions, steps: int, step: int) -> float:
@@ -67,20 +69,31 @@ def make_engine(
         model.compile()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = make_optimizer(parameters, optimizer)
+    plain = is_plain(engine)
+    if plain and engine.clip:
+        clip_before_steps(optimiser, parameters, engine.clip)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(schedule, steps, step))
     config = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": engine.clip,
+        "gradient_clipping": 0.0 if plain else engine.clip,
         "zero_optimization": {"stage": engine.zero},
         "zero_allow_untested_optimizer": True,  # DeepSpeed's list of tested optimisers lacks SGD; compared with torch's in a test
         "steps_per_print": 10**9,
         **_PRECISION[engine.precision],
     }
     wrapped, *_ = deepspeed.initialize(model=model, optimizer=optimiser, lr_scheduler=scheduler, config=config)
+    if plain:
+        reduce_little(wrapped)
     return wrapped
 
 
 def input_type(options: EngineOptions) -> torch.dtype:
     """What floating inputs are cast to: bf16 and fp16 engines hold parameters of that type, autocast ones fp32."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(options.precision, torch.float32)
+
+
+def autocast(precision: str, device: torch.device) -> Any:
+    """The context in which a model outside an engine computes as it would inside one."""
+    kind = {"autocast": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, kind) if kind else contextlib.nullcontext()

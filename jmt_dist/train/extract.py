@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,17 +16,12 @@ from jmt_dist.errors import UserError
 from jmt_dist.model.heads import AudioModel, VisualModel
 from jmt_dist.train import stop
 from jmt_dist.train.checkpoint import load_weights
+from jmt_dist.train.engine import autocast
 from jmt_dist.train.plan import FoldPlan, claim
 from jmt_dist.train.ranks import any_rank, barrier, from_first, rank, world
 from jmt_dist.train.stage import finished, write_json
 
 SAMPLES = 256  # per tar: a job that is killed loses at most so many of each rank
-
-
-def autocast(precision: str, device: torch.device) -> Any:
-    """The context in which a model outside an engine computes as it would inside one."""
-    kind = {"autocast": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    return torch.autocast(device.type, kind) if kind else contextlib.nullcontext()
 
 
 def trained_backbones(plan: FoldPlan) -> tuple[VisualModel, AudioModel]:

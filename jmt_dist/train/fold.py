@@ -43,7 +43,7 @@ def run_fold(recipe: Recipe, site: Site, fold: str, out: Path) -> None:
         manifest, parts = open_parts(recipe, site, fold)
         hashes = {"manifest": parts["train"].manifest_hash, **{f"fold.{part}": shards.index_hash for part, shards in parts.items()}}
         record_start(tracker.spool, Path(out), recipe.model_dump(mode="json"), hashes)
-        around = Surroundings(recipe.engine, device, tracker.spool.metrics, status.progress)
+        around = Surroundings(recipe.engine, device, tracker.spool.metrics, status.progress, recipe.profile)
         plan = FoldPlan(recipe, site, fold, folder, device, manifest, parts, around)
         try:
             for name in STAGES:

@@ -40,11 +40,22 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return value
 
 
+_hosts: Any = None
+
+
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """True on every rank where it is true on one: ranks agree before they act."""
+    """True on every rank where it is true on one: ranks agree before they act. Collective.
+
+    GPU ranks agree over gloo: a sum on the GPU would wait for all that its stream has still to do.
+    """
     if world() == 1:
         return flag
-    return bool(sum_over_ranks(torch.tensor(float(flag), device=device)) > 0)
+    global _hosts
+    if _hosts is None and device.type != "cpu":
+        _hosts = dist.new_group(backend="gloo")
+    value = torch.tensor(float(flag))
+    dist.all_reduce(value, group=_hosts)
+    return bool(value > 0)
 
 
 def from_first(value: Any) -> Any:
@@ -95,6 +106,8 @@ def start(device: torch.device) -> None:
 
 def leave() -> None:
     """Leave the process group, if any."""
+    global _hosts
+    _hosts = None
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -40,7 +40,7 @@ class Status:
         self._written = time.monotonic()
 
     def progress(self, **values: Any) -> None:
-        """Stage, epoch, step, steps and best score: written at most once a second, printed every ten."""
+        """Stage, epoch, step, steps, best score and hours left: written at most once a second, printed every ten."""
         if rank() != 0:
             return
         clock, fresh = time.monotonic(), values["stage"] != self._stage

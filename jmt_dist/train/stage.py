@@ -22,7 +22,10 @@ from jmt_dist.train import stop
 from jmt_dist.train.ccc import ccc_loss, ccc_over_ranks, moments
 from jmt_dist.train.checkpoint import Checkpoints, save_weights
 from jmt_dist.train.engine import make_engine
-from jmt_dist.train.ranks import barrier, rank, sum_over_ranks, world
+from jmt_dist.train.forecast import Forecast
+from jmt_dist.train.meter import EVERY, Meter, Pace
+from jmt_dist.train.ranks import any_rank, barrier, rank, world
+from jmt_dist.train.trace import Trace
 
 Batch = dict[str, Tensor]
 
@@ -90,7 +93,8 @@ class Surroundings:
     engine: EngineOptions
     device: torch.device
     log: Callable[[dict[str, float], int], None]  # metrics at a step
-    status: Callable[..., None]  # stage, epoch, step, steps, score for people who watch
+    status: Callable[..., None]  # stage, epoch, step, steps, score for people who watch; hours left where they are known
+    profile: bool = False  # write a trace of a few steps of each stage
 
 
 def finished(folder: Path, key: str) -> dict[str, Any] | None:
@@ -124,6 +128,7 @@ class Trainer:
         limit = self.options.max_steps or math.inf
         self.total = int(min(limit, self.options.max_epochs * self.steps_per_epoch))
         torch.manual_seed(derive_seed("dropout", stage.seed, rank()))
+        self.forecast: Forecast | None = Forecast(stage.model, around.engine, self.options.optimizer, world()) if rank() == 0 else None
         self.engine = make_engine(
             stage.model,
             engine=around.engine,
@@ -136,6 +141,9 @@ class Trainer:
         )
         self.checkpoints = Checkpoints(stage.folder / "checkpoints", stage.key, self.options.keep, around.device)
         self.progress = Progress()
+        self.meter = Meter(stage.name, around.device)
+        self.pace: Pace | None = None  # as last measured
+        self.trace = Trace(stage.folder, around.profile)
 
     def run(self) -> dict[str, Any]:
         """Train, and return the result that `done.json` holds: key, score, epochs, steps."""
@@ -175,12 +183,15 @@ class Trainer:
     def _epoch(self) -> None:
         self.engine.train()
         progress = self.progress
-        for index, batch in enumerate(self.stage.loader.batches(progress.epoch, progress.done), progress.done + 1):
+        batches = self.meter.waiting(self.stage.loader.batches(progress.epoch, progress.done))
+        for index, batch in enumerate(batches, progress.done + 1):
+            self._say_needs(batch)
             boundary = self._micro_step(batch)
             progress.done = index
             if not boundary:
                 continue
             progress.step += 1
+            self.trace.step()
             self._report()
             if progress.step >= self.total:
                 break
@@ -195,34 +206,51 @@ class Trainer:
         draw = torch.Generator().manual_seed(derive_seed("draw", self.stage.seed, self.progress.epoch, self.progress.done))
         prediction, target = self.stage.predict(self.engine, batch, draw)
         loss = ccc_loss(prediction, target)
-        value = float(loss.value.detach())
-        self._refuse_nonfinite(value, batch)
+        self.meter.add(loss, self.progress.step + 1, batch["id"])
+        if not self.meter.deferred:
+            self._read()
         self.engine.backward(loss.value)
         boundary = bool(self.engine.is_gradient_accumulation_boundary())
         self.engine.step()
-        if int(loss.labels.min()) < 2:
-            self.progress.unlabelled += 1
-        self.progress.loss_sum += value
-        self.progress.loss_steps += 1
         return boundary
 
-    def _refuse_nonfinite(self, value: float, batch: Batch) -> None:
-        # the loss is the same number on every rank, so all of them stop here together
-        if not math.isfinite(value):
-            ids = [tuple(row[:3]) for row in batch["id"].tolist()]
-            raise UserError(
-                f"{self.stage.name}: the loss is {value} at step {self.progress.step + 1}, samples (unit, segment, phase) {ids}",
-                "Lower the learning rate or use engine.precision=fp32; the last checkpoint is untouched.",
-            )
+    def _read(self) -> None:
+        """Take the losses of the steps since the last reading; a loss that is no number ends the training here."""
+        for value, labelled in self.meter.read():
+            self.progress.unlabelled += not labelled
+            self.progress.loss_sum += value
+            self.progress.loss_steps += 1
+
+    def _say_needs(self, batch: Batch) -> None:
+        """Before the first step: what the stage takes."""
+        if self.forecast is not None:
+            need = self.forecast.need(self.stage.predict, batch, self.around.device)
+            print(f"{self.stage.name}: {need.line(self.stage.micro_batch, self.total)}", flush=True)
+            self.forecast = None
 
     def _report(self) -> None:
         progress = self.progress
-        if progress.step % 10 == 0 or progress.step == self.total:
+        if progress.step % EVERY == 0 or progress.step == self.total:
+            self._read()
             metrics = {names.LOSS: progress.loss_sum / progress.loss_steps, names.RATE: self._rate()}
             if progress.unlabelled:
                 metrics[names.UNLABELLED] = float(progress.unlabelled)
-            self._log(metrics)
+            self._log({**metrics, **self._measure()})
         self._status()
+
+    def _measure(self) -> dict[str, float]:
+        """The pace of the last ten steps; the first one measured is said, with the hours it means."""
+        pace = self.meter.pace(self.progress.step)
+        if pace is None:
+            return {}
+        if self.pace is None and rank() == 0:
+            print(
+                f"{self.stage.name}: {pace.steps_per_s:.3g} steps/s, {pace.data_wait:.1%} of the time waiting for data: "
+                f"about {_time((self.total - self.progress.step) / pace.steps_per_s)} for the rest, validation not counted",
+                flush=True,
+            )
+        self.pace = pace
+        return {names.WAIT: pace.data_wait, names.SPEED: pace.steps_per_s}
 
     def _log(self, metrics: dict[str, float]) -> None:
         self.around.log({f"{self.stage.name}/{name}": value for name, value in metrics.items()}, self.progress.step)
@@ -232,18 +260,19 @@ class Trainer:
 
     def _status(self) -> None:
         best = self.progress.best
+        left = {"hours": round((self.total - self.progress.step) / self.pace.steps_per_s / 3600, 3)} if self.pace else {}
         self.around.status(
             stage=self.stage.name,
             epoch=self.progress.epoch,
             step=self.progress.step,
             steps=self.total,
             score=best if math.isfinite(best) else None,
+            **left,
         )
 
     def _act_on_requests(self) -> None:
         wanted = stop.requested()
-        flags = torch.tensor(float(bool(wanted)), device=self.around.device)
-        if float(sum_over_ranks(flags)) > 0:
+        if any_rank(bool(wanted), self.around.device):
             self._save()
             raise stop.Stopped(wanted or "another rank was asked to stop")
         if self.options.save_steps and self.progress.step % self.options.save_steps == 0:
@@ -251,6 +280,7 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self) -> None:
+        self._read()
         self.engine.eval()
         average_buffers(self.engine.module)  # ranks must score, and save, one and the same model
         sums = torch.zeros(2, 6, dtype=torch.float64, device=self.around.device)
@@ -272,13 +302,24 @@ class Trainer:
         self._status()
 
     def _save(self) -> None:
+        self._read()  # nothing is saved after a loss that was no number
         self.checkpoints.save(self.engine, self.progress.step, asdict(self.progress), self.stage.loader.state())
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} s"
 
 
 def train(stage: Stage, around: Surroundings) -> dict[str, Any]:
     """Train a stage, or return its result where it is already done with the same key."""
     result = finished(stage.folder, stage.key)
-    return result if result is not None else Trainer(stage, around).run()
+    if result is not None:
+        return result
+    trainer = Trainer(stage, around)
+    try:
+        return trainer.run()
+    finally:
+        trainer.trace.close()
 
 
 __all__ = ["Loader", "Progress", "Stage", "Surroundings", "Trainer", "finished", "train", "world", "write_json"]
