@@ -11,6 +11,7 @@ CUDA = (
     if OLD
     else ["torch>=2.11", "torchvision>=0.26", "nvidia-dali-cuda130>=2.0"]
 )
+SERVER = ["psycopg2-binary>=2.9", "Flask-WTF<2"]  # launch/serve_tracking.py: PostgreSQL, and mlflow's `auth` extra
 
 setup(
     name="jmt-dist",
@@ -56,8 +57,9 @@ setup(
             "ruff>=0.8",
             "mypy>=1.13",
             "types-PyYAML",
+            *SERVER,
         ],
-        "postgres": ["psycopg2-binary>=2.9"],
+        "server": SERVER,
         # what benchmarks/bench_loader.py compares with; mosaicml-streaming asks for numpy < 2.2: an environment of its own
         "bench": ["litdata==0.2.76", "mosaicml-streaming==0.13.0", "simplejpeg==1.9.0", "librosa>=0.10"],
     },
