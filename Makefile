@@ -1,5 +1,6 @@
 # Every target sets up what it needs: `make demo` and `make test` work on a fresh clone.
 #   CUDA=12 make …     wheels for older NVIDIA drivers (see constraints-cuda12.txt)
+#   SITE=slurm/sites/minicluster.yaml make demo     the demo as SLURM jobs (first: make cluster-up, and source what it names)
 #   PYTHON=python3.12  the interpreter the environment is made with (3.11 or 3.12)
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -10,8 +11,9 @@ READY := $(VENV)/.ready-cuda$(CUDA)
 export CUDA
 export MLFLOW_DISABLE_TELEMETRY := true
 
-# the demo's experiment folder, the size of its fixture, and further words for submit_folds.py
+# the demo's experiment folder, where its folds run, the size of its fixture, and further words for submit_folds.py
 DEMO ?= runs/demo
+SITE ?= slurm/sites/local.yaml
 FIXTURE ?=
 WORDS ?=
 # bf16 autocast only where the processor has instructions for it: elsewhere it is far slower than fp32
@@ -23,7 +25,8 @@ demo: $(READY)
 	@$(PY) shards/make_fixture.py out=$(DEMO)/affwild2 $(FIXTURE)
 	@$(PY) shards/pack_shards.py source=$(DEMO)/affwild2 out=$(DEMO)/shards samples_per_shard=32
 	@$(MAKE) --silent --no-print-directory $(DEMO)/shards.verified
-	@$(PY) launch/submit_folds.py recipe=launch/recipes/demo.yaml site=slurm/sites/local.yaml out=$(DEMO) compare=false data.shards=$(DEMO)/shards engine.precision=$(PRECISION) $(WORDS)
+	@$(PY) launch/submit_folds.py recipe=launch/recipes/demo.yaml site=$(SITE) out=$(DEMO) wait=true compare=false data.shards=$(DEMO)/shards engine.precision=$(PRECISION) $(WORDS)
+	@if grep -q '^executor: slurm' $(DEMO)/site.yaml; then $(PY) launch/sync_tracking.py out=$(DEMO); fi
 	@$(PY) launch/compare_runs.py out=$(DEMO) fixture=$(DEMO)/affwild2/fixture.json
 
 # a tar that was verified and has not been written since need not be read again

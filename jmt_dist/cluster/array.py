@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from submitit.core.core import Job
-from submitit.core.utils import FailedJobError, FailedSubmissionError, UncompletedJobError
+from submitit.core.utils import FailedJobError, UncompletedJobError
 from submitit.helpers import clean_env
 
 from jmt_dist.cluster import local, site, slurm, status
@@ -104,26 +104,18 @@ def _refuse_twice(folder: Path) -> None:
 def _submit(place: Site, folder: Path, jobs: Path, name: str, steps: Steps) -> list[tuple[str, list[Job[Any]]]]:
     from submitit import SlurmExecutor
 
-    if shutil.which("sbatch") is None or shutil.which("srun") is None:
-        raise UserError("sbatch and srun are not on this machine", "Submit from a login node, or give a site with executor: local.")
     snapshot = Path(take_snapshot(folder).path)
-    kept = {key: value for key, value in os.environ.items() if key == "SLURM_CONF" or key.startswith("SBATCH_")}
     submitted: list[tuple[str, list[Job[Any]]]] = []
-    try:
-        with clean_env():
-            os.environ.update(kept)
-            for step, calls in steps:
-                executor = SlurmExecutor(jobs / step, max_num_timeout=place.tries)
-                parameters = site.slurm_parameters(place, name=f"{name}-{step}", snapshot=snapshot, out=folder, teardown=[])
-                if submitted:
-                    parameters["dependency"] = f"afterany:{_array(submitted[-1][1])}"
-                executor.update_parameters(**parameters)
-                submitted.append((step, executor.submit_array(list(calls))))
-                status.write_json(folder / "jobs.json", {"jobs": [_array(found) for _, found in submitted]})
-                print(f"{step}: job {_array(submitted[-1][1])}, {len(calls)} task(s), logs in {jobs / step}", flush=True)
-    except (FailedJobError, FailedSubmissionError) as error:
-        words = " ".join(str(error).split())
-        raise UserError(f"SLURM refused the job: {words}", "See the site file, and what check_site.py says of it.") from None
+    with slurm.submitting():
+        for step, calls in steps:
+            executor = SlurmExecutor(jobs / step, max_num_timeout=place.tries)
+            parameters = site.slurm_parameters(place, name=f"{name}-{step}", snapshot=snapshot, out=folder, teardown=[])
+            if submitted:
+                parameters["dependency"] = f"afterany:{_array(submitted[-1][1])}"
+            executor.update_parameters(**parameters)
+            submitted.append((step, executor.submit_array(list(calls))))
+            status.write_json(folder / "jobs.json", {"jobs": [_array(found) for _, found in submitted]})
+            print(f"{step}: job {_array(submitted[-1][1])}, {len(calls)} task(s), logs in {jobs / step}", flush=True)
     return submitted
 
 

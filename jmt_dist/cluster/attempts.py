@@ -71,9 +71,10 @@ def open_attempt(out: Path, fold: str, start: Start) -> int:
     return number
 
 
-def close_attempt(out: Path, fold: str, outcome: str, reason: str = "") -> None:
-    """Close the open start, if there is one: `done`, `stopped`, `crashed` or `timeout`."""
-    _write(out, fold, [_closed(entry, outcome, reason) for entry in read_attempts(out, fold)])
+def close_attempt(out: Path, fold: str, start: Start, outcome: str, reason: str = "") -> None:
+    """Close a start if it is open: `done`, `stopped`, `crashed` or `timeout`. Starts after it are left alone."""
+    entries = read_attempts(out, fold)
+    _write(out, fold, [_closed(entry, outcome, reason) if start.matches(entry) else entry for entry in entries])
 
 
 def report_error(out: Path, fold: str, rank: int, error: Exception) -> None:
@@ -103,7 +104,7 @@ def settle(out: Path, fold: str, start: Start, tries: int, otherwise: str, outco
         again = bool(first.get("again", True))
         # a time limit explains the errors that come with it, not the other way round
         reason = otherwise if outcome == "timeout" else str(first.get("reason", otherwise))
-        close_attempt(out, fold, outcome, reason)
+        close_attempt(out, fold, start, outcome, reason)
     shutil.rmtree(out / fold / "errors", ignore_errors=True)
     last = next(entry for entry in read_attempts(out, fold) if start.matches(entry))
     if last["outcome"] == "done":

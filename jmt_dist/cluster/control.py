@@ -12,11 +12,13 @@ from typing import Any
 
 import psutil
 
-from jmt_dist.cluster import status
+from jmt_dist.cluster import slurm, status
+from jmt_dist.cluster.lease import SAME, is_running
+from jmt_dist.cluster.slurm import Queued
 from jmt_dist.errors import UserError
 
+SWEEP = "sweep.json"
 STOP_SECONDS = 150.0  # the local scheduler gives its jobs two minutes to save
-_SAME = 1.0  # seconds: two readings of one process's start differ by less
 
 
 def read_jobs(out: Path) -> dict[str, Any]:
@@ -29,36 +31,32 @@ def read_jobs(out: Path) -> dict[str, Any]:
     return jobs
 
 
-def alive_states(out: Path, jobs: dict[str, Any]) -> dict[str, str]:
-    """State of each fold's job where its scheduler still knows it, by fold."""
+def runs_of(out: Path) -> list[Path]:
+    """The run folders a folder stands for: itself, or those of a sweep, stages that several of them share first."""
+    return [out / name for name in status.read_json(out / SWEEP).get("runs", [])] or [out]
+
+
+def alive_states(jobs: dict[str, Any], asked: dict[str, dict[str, Queued]] | None = None) -> dict[str, Queued]:
+    """Each fold's job where its scheduler still knows it, by fold. `asked` keeps squeue's answers for further run folders."""
     entries = jobs.get("jobs", [])
     if jobs.get("executor") == "slurm":
-        from jmt_dist.cluster.slurm import queue
-
-        states = queue(jobs)
-        return {entry["fold"]: states[entry["job"]] for entry in entries if entry["job"] in states}
-    alive = {entry["fold"]: "RUNNING" for entry in entries if members(entry)}
+        asked, array = {} if asked is None else asked, str(jobs.get("array", ""))
+        if array and array not in asked:
+            asked[array] = slurm.squeue(array)
+        return {entry["fold"]: asked[array][entry["job"]] for entry in entries if entry["job"] in asked.get(array, {})}
+    alive = {entry["fold"]: Queued("RUNNING") for entry in entries if members(entry)}
     if is_running(jobs.get("scheduler", {})):  # the folds it has yet to start
-        alive = {fold: "WAITING" for fold in jobs.get("folds", [])} | alive
+        alive = {fold: Queued("WAITING") for fold in jobs.get("folds", [])} | alive
     return alive
 
 
-def live_jobs(out: Path) -> dict[str, str]:
+def live_jobs(out: Path, asked: dict[str, dict[str, Queued]] | None = None) -> dict[str, str]:
     """Jobs of an earlier submission that still exist: fold to job id; empty for a new run folder."""
     jobs = status.read_json(out / "jobs.json")
     if not jobs:
         return {}
-    alive = alive_states(out, jobs)
+    alive = alive_states(jobs, asked)
     return {entry["fold"]: str(entry["job"]) for entry in jobs.get("jobs", []) if entry["fold"] in alive}
-
-
-def is_running(process: dict[str, Any]) -> bool:
-    """Whether the process that {"pid", "created"} names still exists: a process that got its id later is not it."""
-    try:
-        found = psutil.Process(int(process["pid"]))
-        return abs(found.create_time() - float(process["created"])) < _SAME and found.status() != psutil.STATUS_ZOMBIE
-    except (KeyError, psutil.Error):
-        return False
 
 
 def members(entry: dict[str, Any]) -> list[int]:
@@ -73,49 +71,35 @@ def members(entry: dict[str, Any]) -> list[int]:
             continue
         info = process.info
         ours = info["uids"] is not None and info["uids"].effective == os.geteuid() and info["status"] != psutil.STATUS_ZOMBIE
-        if same and ours and info["create_time"] >= float(entry["created"]) - _SAME:
+        if same and ours and info["create_time"] >= float(entry["created"]) - SAME:
             found.append(process.pid)
     return found
 
 
-def show(folder: str) -> int:
-    """Print one row per fold of a run folder; 1 where a fold has failed or its job is gone before its end."""
-    from rich.console import Console
-
-    from jmt_dist.cluster.progress import plain, table
-
-    out = Path(folder).expanduser().resolve()
-    jobs = read_jobs(out)
-    alive = alive_states(out, jobs)
-    rows = [status.row(out, fold, jobs, alive) for fold in jobs.get("folds", [])]
-    console = Console()
-    if console.is_terminal:
-        console.print(table(rows, str(out)))
-    else:
-        for row in rows:
-            print("  ".join(filter(None, [plain(row), f"job {row.job}" if row.job else "", row.update, row.log])))
-        print(out)
-    return 1 if any(row.state in ("failed", "lost") for row in rows) else 0
-
-
 def cancel(out: Path, say: Callable[[str], None] = print) -> int:
-    """End everything of a run folder's last submission; returns how many jobs were ended. Checkpoints stay."""
-    jobs = read_jobs(out)
-    if jobs.get("executor") == "slurm":
-        return _cancel_slurm(out, jobs, say)
-    return _cancel_local(out, jobs, say)
+    """End everything of the last submission of a run folder or a sweep; returns how many jobs were ended. Checkpoints stay."""
+    runs = runs_of(out)
+    jobs = {run: read_jobs(run) for run in runs if run == out or (run / "jobs.json").is_file()}
+    count = sum(_cancel_local(run, found, say) for run, found in jobs.items() if found.get("executor") != "slurm")
+    ours = {run: found for run, found in jobs.items() if found.get("executor") == "slurm"}
+    return count + _cancel_slurm(out, ours, say) if ours else count
 
 
-def _cancel_slurm(out: Path, jobs: dict[str, Any], say: Callable[[str], None]) -> int:
-    alive = alive_states(out, jobs)
-    ids = [str(jobs[name]) for name in ("array", "compare") if jobs.get(name)]
-    answer = subprocess.run(["scancel", *ids], capture_output=True, text=True, timeout=60)
-    if answer.returncode and "Invalid job id" not in answer.stderr:
-        raise UserError(f"scancel failed: {' '.join(answer.stderr.split())}", "Is slurmctld reachable? See check_site.py.")
-    for fold in alive:
-        say(f"cancelled {fold}")
-        status.update_status(out, fold, state="stopped", reason="cancelled by cancel_jobs.py")
-    return len(alive)
+def _cancel_slurm(out: Path, runs: dict[Path, dict[str, Any]], say: Callable[[str], None]) -> int:
+    asked: dict[str, dict[str, Queued]] = {}
+    alive = {run: alive_states(jobs, asked) for run, jobs in runs.items()}
+    ids = [str(entry["job"]) for run, jobs in runs.items() for entry in jobs["jobs"] if entry["fold"] in alive[run]]
+    comparisons = [str(found.get("compare") or "") for found in (*runs.values(), status.read_json(out / SWEEP))]
+    ids += [job for job in comparisons if job]
+    for first in range(0, len(ids), 500):  # a command line has its limits
+        answer = subprocess.run(["scancel", *ids[first : first + 500]], capture_output=True, text=True, timeout=60)
+        if answer.returncode and "Invalid job id" not in answer.stderr:
+            raise UserError(f"scancel failed: {' '.join(answer.stderr.split())}", "Is slurmctld reachable? See check_site.py.")
+    for run, folds in alive.items():
+        for fold in folds:
+            say(f"cancelled {fold if run == out else f'{run.name} {fold}'}")
+            status.update_status(run, fold, state="stopped", reason="cancelled by cancel_jobs.py")
+    return sum(map(len, alive.values()))
 
 
 def _cancel_local(out: Path, jobs: dict[str, Any], say: Callable[[str], None]) -> int:

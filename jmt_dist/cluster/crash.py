@@ -1,6 +1,6 @@
 """The last lines of a SLURM fold job whose ranks failed: close the start, and queue the job again while tries are left.
 
-Called by the batch script as `python -m jmt_dist.cluster.crash <out> <submission> <tries> <exit code> <fold 0> <fold 1> …`.
+Called by the batch script as `python -m jmt_dist.cluster.crash <list of tasks> <exit code>`.
 """
 
 from __future__ import annotations
@@ -12,20 +12,23 @@ from pathlib import Path
 
 from jmt_dist.cluster import attempts, slurm
 from jmt_dist.cluster.job import WARNED
-from jmt_dist.cluster.status import update_status
+from jmt_dist.cluster.status import read_json, update_status
 
 
 def main(words: list[str]) -> int:
     """Settle this job's start; 0 where nothing is left to do or the job was queued again."""
-    out, submission, tries, code, folds = Path(words[0]), words[1], int(words[2]), int(words[3]), words[4:]
+    tasks, code = read_json(Path(words[0])), int(words[1])
     task = os.environ.get("SLURM_ARRAY_TASK_ID")
-    fold = folds[int(task or "0")]
+    out, fold = Path(tasks["tasks"][int(task or "0")][0]), tasks["tasks"][int(task or "0")][1]
     job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}" if task is not None else os.environ["SLURM_JOB_ID"]
-    start = attempts.Start(submission, job, int(os.environ.get("SLURM_RESTART_COUNT", "0")))
-    mine = next((entry for entry in attempts.read_attempts(out, fold) if start.matches(entry)), {})
+    start = attempts.Start(tasks["submission"], job, int(os.environ.get("SLURM_RESTART_COUNT", "0")))
+    entries = [entry for entry in attempts.read_attempts(out, fold) if entry.get("submission") == start.submission]
+    if any(entry.get("job") == job and int(entry.get("restart") or 0) > start.restart for entry in entries):
+        return 0  # SLURM took this node for lost and has started the job elsewhere: what failed here is of the past
+    mine = next((entry for entry in entries if start.matches(entry)), {})
     if mine.get("outcome") == "stopped" and mine.get("reason") == WARNED:
         return 0  # rank 0 has dealt with it: queued again, or failed with its reason
-    verdict = attempts.settle(out, fold, start, tries, _reason(code))
+    verdict = attempts.settle(out, fold, start, int(tasks["tries"]), _reason(code))
     print(f"{fold}: {verdict.reason or verdict.next}", flush=True)
     if verdict.next != "again":
         return 0
@@ -41,7 +44,8 @@ def main(words: list[str]) -> int:
 
 def _is_running(job: str) -> bool:
     """Whether SLURM means this job to go on: one that was cancelled is completing, and requeue would bring it back."""
-    return slurm.squeue(job).get(job) == "RUNNING"
+    found = slurm.squeue(job).get(job)
+    return found is not None and found.state == "RUNNING"
 
 
 def _reason(code: int) -> str:

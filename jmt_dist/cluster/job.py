@@ -6,16 +6,19 @@ here only set a flag; the training loop's ranks agree on it, save, and raise Sto
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from jmt_dist.cluster import attempts, plan, status
+from jmt_dist.cluster import attempts, plan, share, status
+from jmt_dist.cluster.lease import Lease
 from jmt_dist.config import Recipe, Site
 from jmt_dist.errors import UserError
 
@@ -31,6 +34,7 @@ class FoldJob:
         self.out, self.fold, self.work, self.submission = str(work.out), fold, work.work, work.submission
         self.recipe, self.site = work.recipe.model_dump(mode="json"), work.site.model_dump(mode="json")
         self.snapshot, self.function = str(work.snapshot), work.function
+        self.share, self.needs = [str(folder) for folder in work.share], [str(folder) for folder in work.needs]
 
     def __call__(self) -> dict[str, str]:
         """Run the fold; return {"outcome": "done" | "stopped", "reason": …}. Any other exception has been recorded and goes on."""
@@ -45,13 +49,12 @@ class FoldJob:
         first = environment.global_rank == 0
         try:
             self._check_code()
-            if first:
-                self._begin(out, start)
-            plan.resolve(self.function)(Recipe.model_validate(self.recipe), Site.model_validate(self.site), self.fold, out)
+            with self._alone(out, start) if first else contextlib.nullcontext():
+                plan.resolve(self.function)(Recipe.model_validate(self.recipe), Site.model_validate(self.site), self.fold, out)
         except stop.Stopped:
             reason = stop.requested() or "asked to stop"
             if first:
-                attempts.close_attempt(out, self.fold, "stopped", reason)
+                attempts.close_attempt(out, self.fold, start, "stopped", reason)
                 status.update_status(out, self.fold, state="stopped", reason=reason)
                 if environment.cluster == "slurm" and _WARNING in signals:
                     self._requeue(out, kept[_WARNING])
@@ -63,19 +66,35 @@ class FoldJob:
             for number, handler in kept.items():
                 signal.signal(number, handler)
         if first:
-            attempts.close_attempt(out, self.fold, "done")
+            attempts.close_attempt(out, self.fold, start, "done")
             status.update_status(out, self.fold, state="done", work=self.work, reason="")
         return {"outcome": "done", "reason": ""}
+
+    @contextlib.contextmanager
+    def _alone(self, out: Path, start: attempts.Start) -> Iterator[None]:
+        """Rank 0: the fold's folder is this job's alone, and holds the stages that others have done. The other ranks wait for it."""
+        from jmt_dist.train import stop
+
+        def note(**changes: Any) -> None:
+            status.update_status(out, self.fold, start=status.now(), job=start.job, node=node(), **{"try": number}, **changes)
+
+        def raise_stop() -> None:
+            if stop.requested():
+                raise stop.Stopped(stop.requested())
+
+        number = attempts.open_attempt(out, self.fold, start)
+        owner = f"job {start.job}, start {start.restart + 1}"
+        with Lease(out / self.fold, owner, lambda who: note(state="waiting", reason=f"{who} is still at work here"), raise_stop):
+            note(state="running", reason="")
+            share.require_done([Path(folder) for folder in self.needs], self.fold)
+            share.link_stages([Path(folder) for folder in (*self.needs, *self.share)], out, self.fold)
+            yield
 
     def checkpoint(self) -> Any:
         """What submitit submits again: this same job, which goes on from the fold's checkpoints."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
-
-    def _begin(self, out: Path, start: attempts.Start) -> None:
-        number = attempts.open_attempt(out, self.fold, start)
-        status.update_status(out, self.fold, state="running", start=status.now(), job=start.job, reason="", **{"try": number})
 
     def _check_code(self) -> None:
         home = Path(plan.__file__).resolve()
@@ -100,8 +119,8 @@ class FoldJob:
 class CompareJob:
     """Compares the folds of a run folder once they have ended: the dependent job of a SLURM array."""
 
-    def __init__(self, work: plan.Plan) -> None:
-        self.out, self.compare = str(work.out), work.compare
+    def __init__(self, out: Path, compare: str) -> None:
+        self.out, self.compare = str(out), compare
 
     def __call__(self) -> str:
         """Write the tables of the run folder and return its path."""
@@ -113,6 +132,11 @@ class CompareJob:
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
+
+
+def node() -> str:
+    """The node this process runs on, as SLURM calls it."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def export_ranks() -> Any:

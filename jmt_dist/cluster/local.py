@@ -27,10 +27,10 @@ from jmt_dist.cluster import attempts, site, status
 from jmt_dist.cluster.job import FoldJob, die_with_parent
 from jmt_dist.cluster.plan import Plan
 from jmt_dist.cluster.progress import Progress
-from jmt_dist.cluster.share import link_stages
 from jmt_dist.config import Site
 from jmt_dist.errors import UserError
 
+COLUMNS = ("fold", "state", "stage", "epoch", "step", "score", "starts", "heartbeat")
 POLL_SECONDS = 0.25
 STOP_SECONDS = 120.0  # a step and a save, before the group is killed
 
@@ -103,7 +103,7 @@ class Scheduler:
         """Run every fold to its end. Raises KeyboardInterrupt, with no process left, when asked to stop."""
         for fold in self.plan.todo:
             status.update_status(self.plan.out, fold, state="waiting", reason="")
-        with _signals(self), Progress(f"{self.plan.recipe.name}: {self.plan.out}", self._rows) as progress:
+        with _signals(self), Progress(f"{self.plan.recipe.name}: {self.plan.out}", self._rows, columns=COLUMNS) as progress:
             try:
                 while (self.waiting or self.running) and not self.stopping:
                     while self.waiting and len(self.running) < self.plan.site.parallel:
@@ -119,7 +119,6 @@ class Scheduler:
 
     def _start(self, fold: str, progress: Progress) -> None:
         plan, options = self.plan, self.plan.site
-        link_stages(list(plan.share), plan.out, fold)
         slot = next(index for index in range(options.parallel) if index not in {job.slot for job in self.running})
         number = 1 + attempts.count(plan.out, fold, plan.submission)
         folder = plan.jobs / f"{fold}-{number}"
@@ -178,7 +177,7 @@ class Scheduler:
             kill_group(job.process.pid)
             job.process.wait()
             if status.read_status(self.plan.out, job.fold).get("state") == "running":
-                attempts.close_attempt(self.plan.out, job.fold, "stopped", "ended by submit_folds.py before it could save")
+                attempts.close_attempt(self.plan.out, job.fold, job.start, "stopped", "ended by submit_folds.py before it could save")
                 reason = "ended before it could save; the last checkpoint counts"
                 status.update_status(self.plan.out, job.fold, state="stopped", reason=reason)
         self.running.clear()

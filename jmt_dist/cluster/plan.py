@@ -24,7 +24,7 @@ class Plan:
 
     `folds` are all it is about, `todo` those that are not done; `work` is the hash of what a fold computes (recipe and
     manifest); `submission` names it (UTC time); `function` and `compare` (or none) are dotted names `module:function`; `share` are run
-    folders whose finished stages may be linked, `after` a SLURM array to wait for.
+    folders whose finished stages may be linked, `needs` those that must have done theirs for this one.
     """
 
     out: Path
@@ -38,7 +38,7 @@ class Plan:
     function: str = RUN_FOLD
     compare: str = COMPARE
     share: tuple[Path, ...] = ()
-    after: str = ""
+    needs: tuple[Path, ...] = ()
 
     @property
     def jobs(self) -> Path:

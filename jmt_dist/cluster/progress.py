@@ -9,7 +9,7 @@ from typing import Any
 
 from jmt_dist.cluster.status import Row
 
-COLUMNS = ("fold", "state", "stage", "epoch", "step", "score", "tries", "job", "update", "log")
+COLUMNS = ("fold", "state", "stage", "epoch", "step", "score", "starts", "job", "node", "heartbeat")
 _COLOURS = {"done": "green", "failed": "red", "lost": "red", "running": "cyan", "stopped": "yellow"}
 
 
@@ -19,8 +19,8 @@ def plain(row: Row) -> str:
     if row.stage and row.state in ("running", "stopped", "failed", "lost"):
         words.append(row.stage)
     words += [f"{name} {value}" for name, value in (("epoch", row.epoch), ("step", row.step), ("score", row.score)) if value]
-    if row.tries not in ("", "1"):
-        words.append(f"try {row.tries}")
+    if row.starts not in ("", "1"):
+        words.append(f"start {row.starts}")
     return "  ".join(words) + (f"  ({row.reason})" if row.reason else "")
 
 
@@ -32,7 +32,7 @@ def table(rows: Sequence[Row], title: str = "", columns: Sequence[str] = COLUMNS
 
     grid = Table(title=title or None, title_justify="left", pad_edge=False)
     for name in columns:
-        grid.add_column("last update" if name == "update" else name, overflow="fold", no_wrap=name != "log")
+        grid.add_column(name, overflow="fold", no_wrap=True)
     for row in rows:
         cells = [Text(getattr(row, name), style=_COLOURS.get(row.state, "") if name == "state" else "") for name in columns]
         grid.add_row(*cells)
@@ -42,9 +42,10 @@ def table(rows: Sequence[Row], title: str = "", columns: Sequence[str] = COLUMNS
 class Progress:
     """Shows rows while jobs run: refreshed in place on a terminal, changed lines every `every` seconds in a log."""
 
-    def __init__(self, title: str, rows: Callable[[], list[Row]], every: float = 10.0) -> None:
+    def __init__(self, title: str, rows: Callable[[], list[Row]], every: float = 10.0, columns: Sequence[str] = COLUMNS) -> None:
         from rich.console import Console
 
+        self._columns = columns
         self._title, self._rows, self._every = title, rows, every
         self._console = Console()
         self._live: Any = None
@@ -87,4 +88,4 @@ class Progress:
                 print(line, flush=True)
 
     def _render(self) -> Any:
-        return table(self._rows(), self._title, ("fold", "state", "stage", "epoch", "step", "score", "tries", "update"))
+        return table(self._rows(), self._title, self._columns)

@@ -1,30 +1,24 @@
-"""Stages that an earlier variant of a sweep has already done: linked into this run folder, so that they are not done again.
+"""Stages that another run folder has done already: linked into this one, so that they are not done again.
 
-A grid over the fusion would otherwise train the same backbones once per variant. Before the ranks of a fold start, finished
-folders of the stages before the fusion are copied by hard links; a stage's own key then decides whether it really fits, and a
-folder that does not is moved aside by the fold as ever. Under SLURM the batch script runs `python -m jmt_dist.cluster.share`.
+Finished folders of the stages before the fusion are copied by hard links; a stage's own key then decides whether it really fits,
+and a folder that does not is moved aside by the fold as ever. `graph.py` says which run folders of a sweep do what the others share.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from jmt_dist.config import Recipe
+from jmt_dist.cluster.status import read_status
+from jmt_dist.errors import UserError
 
 STAGES = ("visual", "audio", "features")  # each needs those before it
 DONE = "done.json"
 
 
-def same_stages(one: Recipe, other: Recipe) -> bool:
-    """Whether two recipes agree in all that the stages before the fusion depend on."""
-    keys = ("seed", "engine", "folds", "visual", "audio", "features")
-    return all(getattr(one, key) == getattr(other, key) for key in keys) and one.data.shards == other.data.shards
-
-
-def link_stages(sources: list[Path], out: Path, fold: str) -> list[str]:
+def link_stages(sources: Sequence[Path], out: Path, fold: str) -> list[str]:
     """Link finished stages of a fold from the first source that has them; returns the stages linked.
 
     Nothing that is there already is touched. A link appears by one rename, so an interrupted copy is never taken for a stage.
@@ -48,15 +42,22 @@ def link_stages(sources: list[Path], out: Path, fold: str) -> list[str]:
     return linked
 
 
+def require_done(needs: Sequence[Path], fold: str) -> None:
+    """Raise UserError where a run folder that does a stage for several others has not done this fold.
+
+    Every one of them would fail at the same stage for the same reason, after the same hours.
+    """
+    for folder in needs:
+        found = read_status(folder, fold)
+        if found.get("state") != "done":
+            why = found.get("reason") or found.get("state") or "it has not started"
+            raise UserError(
+                f"{folder.name}, which this job shares with others, is not done: {why}", f"Mend that first; see {folder / fold}."
+            )
+
+
 def _link(source: str, target: str) -> None:
     try:
         os.link(source, target)
     except OSError:  # another file system
         shutil.copy2(source, target)
-
-
-if __name__ == "__main__":
-    # <out> <number of sources> <source>… <fold of task 0> <fold of task 1> …
-    count = int(sys.argv[2])
-    names = sys.argv[3 + count :]
-    link_stages([Path(name) for name in sys.argv[3 : 3 + count]], Path(sys.argv[1]), names[int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 
 from jmt_dist.cluster import attempts, plan, preflight, status
+from jmt_dist.cluster.job import node
+from jmt_dist.cluster.lease import Lease
 from jmt_dist.cluster.options import RunFoldOptions
 from jmt_dist.cluster.snapshot import describe_code
 from jmt_dist.config import Recipe, Site
@@ -53,26 +57,42 @@ def _run(recipe: Recipe, place: Site, fold: str, out: Path, work: str, function:
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, ask)
-    job = f"process {os.getpid()}"
-    if first:
-        start = attempts.Start(f"run_fold.py {datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}", job)
-        attempts.open_attempt(out, fold, start)
-        status.update_status(out, fold, state="running", start=status.now(), job=job, reason="", **{"try": 1})
+    start = attempts.Start(f"run_fold.py {datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}", f"process {os.getpid()}")
     try:
-        plan.resolve(function)(recipe, place, fold, out)
+        with _alone(out, fold, start) if first else contextlib.nullcontext():
+            plan.resolve(function)(recipe, place, fold, out)
     except stop.Stopped:
         if first:
-            attempts.close_attempt(out, fold, "stopped", stop.requested())
+            attempts.close_attempt(out, fold, start, "stopped", stop.requested())
             status.update_status(out, fold, state="stopped", reason=stop.requested())
             print(f"stopped by {stop.requested() or 'another rank'} after saving; the same command goes on from there", file=sys.stderr)
         return FAILED
     except Exception as error:
         if first:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-            attempts.close_attempt(out, fold, "crashed", reason)
+            attempts.close_attempt(out, fold, start, "crashed", reason)
             status.update_status(out, fold, state="failed", reason=reason)
         raise
     if first:
-        attempts.close_attempt(out, fold, "done")
+        attempts.close_attempt(out, fold, start, "done")
         status.update_status(out, fold, state="done", work=work, reason="")
     return OK
+
+
+@contextlib.contextmanager
+def _alone(out: Path, fold: str, start: attempts.Start) -> Iterator[None]:
+    """Rank 0: the fold's folder is this process's alone."""
+    from jmt_dist.train import stop
+
+    def raise_stop() -> None:
+        if stop.requested():
+            raise stop.Stopped(stop.requested())
+
+    def waiting(who: str) -> None:
+        print(f"{fold}: {who} is still at work here; waiting for it to end", flush=True)
+
+    with Lease(out / fold, start.job, waiting, raise_stop):
+        attempts.open_attempt(out, fold, start)
+        changes = {"start": status.now(), "job": start.job, "node": node(), "try": 1}
+        status.update_status(out, fold, state="running", reason="", **changes)
+        yield

@@ -1,4 +1,4 @@
-"""The SLURM side of a submission: one job array, then a dependent job that compares (DESIGN section 11)."""
+"""The SLURM side of a submission: job arrays, one task per fold, then a dependent job that compares (DESIGN section 11)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import os
 import shlex
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jmt_dist.cluster import site, status
@@ -13,111 +17,154 @@ from jmt_dist.cluster.plan import Plan
 from jmt_dist.errors import UserError
 
 
-def array_parameters(plan: Plan) -> dict[str, Any]:
-    """submitit's parameters of the fold array.
+@dataclass(frozen=True)
+class Array:
+    """One job array: tasks are (plan, fold), all of one site and one submission; `after` names the array it waits for.
+
+    `root` is the run folder, or the folder of a sweep; `jobs` takes pickles, logs and the list of tasks.
+    """
+
+    name: str
+    root: Path
+    jobs: Path
+    tasks: tuple[tuple[Plan, str], ...]
+    after: str = ""
+
+    @property
+    def first(self) -> Plan:
+        """A plan of the array: its site, snapshot and submission are those of all."""
+        return self.tasks[0][0]
+
+    @property
+    def list(self) -> Path:
+        """The file that says which task is which fold."""
+        return self.jobs / "tasks.json"
+
+
+def of_plan(plan: Plan) -> Array:
+    """The array of one run folder."""
+    return Array(plan.recipe.name, plan.out, plan.jobs, tuple((plan, fold) for fold in plan.todo))
+
+
+def array_parameters(array: Array) -> dict[str, Any]:
+    """submitit's parameters of an array.
 
     The lines after the ranks close a crashed start and put the job back into the queue: they also run when a rank was killed
     (out of memory, say) and no Python of ours is left to do it.
     """
-    crash = shlex.join([site.python(), "-m", "jmt_dist.cluster.crash", str(plan.out), plan.submission, str(plan.site.tries)])
-    teardown = ["code=$?", f'if [ "$code" -ne 0 ]; then {crash} "$code" {shlex.join(plan.todo)}; fi', 'exit "$code"']
-    parameters = site.slurm_parameters(plan.site, name=plan.recipe.name, snapshot=plan.snapshot, out=plan.out, teardown=teardown)
-    if plan.share:
-        words = [str(plan.out), str(len(plan.share)), *map(str, plan.share), *plan.todo]
-        parameters["setup"] = [*parameters["setup"], shlex.join([site.python(), "-m", "jmt_dist.cluster.share", *words])]
-    if plan.after:
-        parameters["dependency"] = f"afterany:{plan.after}"
+    crash = shlex.join([site.python(), "-m", "jmt_dist.cluster.crash", str(array.list)])
+    teardown = ["code=$?", f'if [ "$code" -ne 0 ]; then {crash} "$code"; fi', 'exit "$code"']
+    plan = array.first
+    parameters = site.slurm_parameters(plan.site, name=array.name, snapshot=plan.snapshot, out=array.root, teardown=teardown)
+    if array.after:
+        parameters["dependency"] = f"afterany:{array.after}"
     return parameters
 
 
-def scripts(plan: Plan) -> list[tuple[str, str]]:
+def scripts(arrays: list[Array], compare: bool) -> list[tuple[str, str]]:
     """(title, text) of the sbatch scripts a submission would send, made by submitit itself."""
     from submitit.slurm.slurm import _make_sbatch_string
 
-    command = f"{shlex.quote(site.python())} -u -m submitit.core._submit {shlex.quote(str(plan.jobs))}"
-    parameters = array_parameters(plan)
-    if len(plan.todo) > 1:  # submitit submits a single job without --array
-        parameters["map_count"] = len(plan.todo)
-    array = _make_sbatch_string(command=command, folder=plan.jobs, **parameters)
-    found = [(f"folds {', '.join(plan.todo)}", array)]
-    if plan.compare:
-        after = _compare_parameters(plan, "<array>")
-        found.append(("comparison", _make_sbatch_string(command=command, folder=plan.jobs / "compare", **after)))
+    found = []
+    for array in arrays:
+        command = f"{shlex.quote(site.python())} -u -m submitit.core._submit {shlex.quote(str(array.jobs))}"
+        parameters = array_parameters(array)
+        if len(array.tasks) > 1:  # submitit submits a single job without --array
+            parameters["map_count"] = len(array.tasks)
+        title = f"{array.name}: folds {', '.join(dict.fromkeys(fold for _, fold in array.tasks))}"
+        found.append((title, _make_sbatch_string(command=command, folder=array.jobs, **parameters)))
+    if compare:
+        after = _compare_parameters(arrays[-1], "<array>")
+        found.append(("comparison", _make_sbatch_string(command=command, folder=arrays[-1].jobs / "compare", **after)))
     return found
 
 
-def submit_array(plan: Plan) -> str:
-    """Submit the array and its comparison; returns the array's job id. Raises UserError with SLURM's own words."""
-    from submitit import SlurmExecutor
+@contextmanager
+def submitting() -> Iterator[None]:
+    """The environment in which submitit may call sbatch. Raises UserError, with SLURM's own words, for what it refuses."""
     from submitit.core.utils import FailedJobError, FailedSubmissionError
     from submitit.helpers import clean_env
 
-    from jmt_dist.cluster.job import FoldJob
-
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
         raise UserError("sbatch and srun are not on this machine", "Submit from a login node, or use site=slurm/sites/local.yaml.")
-    plan.jobs.mkdir(parents=True)
     # where SLURM's configuration is, and the user's own defaults for sbatch: submitit would drop them with the rest
     kept = {name: value for name, value in os.environ.items() if name == "SLURM_CONF" or name.startswith("SBATCH_")}
     try:
         with clean_env():  # a submission from within a job must not inherit that job's shape
             os.environ.update(kept)
-            # submitit counts timeouts itself; ours (site.tries, over stops of every kind) is the smaller number
-            executor = SlurmExecutor(plan.jobs, max_num_timeout=plan.site.tries)
-            executor.update_parameters(**array_parameters(plan))
-            jobs = executor.submit_array([FoldJob(plan, fold) for fold in plan.todo])
-            array = jobs[0].job_id.split("_")[0]
-            for fold in plan.todo:
-                status.update_status(plan.out, fold, state="waiting", reason="")
-            _write_jobs(plan, array, [job.job_id for job in jobs])
-            compare = _submit_comparison(plan, array) if plan.compare else ""
+            yield
     except (FailedJobError, FailedSubmissionError) as error:
         words = " ".join(str(error).split())
         raise UserError(f"SLURM refused the job: {words}", "See the site file, and what check_site.py says of it.") from None
-    _write_jobs(plan, array, [job.job_id for job in jobs], compare)
-    return array
 
 
-def _submit_comparison(plan: Plan, array: str) -> str:
+def submit_array(array: Array) -> tuple[str, list[str]]:
+    """Submit an array by one sbatch call and record its tasks in their run folders; returns its job id and those of its tasks."""
+    from submitit import SlurmExecutor
+
+    from jmt_dist.cluster.job import FoldJob
+
+    plan = array.first
+    array.jobs.mkdir(parents=True)
+    tasks = [[str(task.out), fold] for task, fold in array.tasks]
+    status.write_json(array.list, {"submission": plan.submission, "tries": plan.site.tries, "tasks": tasks})
+    # submitit counts timeouts itself; ours (site.tries, over stops of every kind) is the smaller number
+    executor = SlurmExecutor(array.jobs, max_num_timeout=plan.site.tries)
+    executor.update_parameters(**array_parameters(array))
+    jobs = [str(job.job_id) for job in executor.submit_array([FoldJob(task, fold) for task, fold in array.tasks])]
+    identity = jobs[0].split("_")[0]
+    known = set(jobs)
+    for task, fold in array.tasks:
+        # a job may have started by now: what it has written stays
+        if status.read_status(task.out, fold).get("job") not in known:
+            status.update_status(task.out, fold, state="waiting", reason="")
+    for task in dict.fromkeys(task.out for task, _ in array.tasks):
+        _write_jobs(array, task, identity, jobs)
+    return identity, jobs
+
+
+def submit_comparison(array: Array, identity: str, root: Path, compare: str) -> str:
+    """Submit the job that compares what an array has done; returns its id."""
     from submitit import SlurmExecutor
 
     from jmt_dist.cluster.job import CompareJob
 
-    executor = SlurmExecutor(plan.jobs / "compare")
-    executor.update_parameters(**_compare_parameters(plan, array))
-    return str(executor.submit(CompareJob(plan)).job_id)
+    executor = SlurmExecutor(array.jobs / "compare")
+    executor.update_parameters(**_compare_parameters(array, identity))
+    return str(executor.submit(CompareJob(root, compare)).job_id)
 
 
-def _compare_parameters(plan: Plan, array: str) -> dict[str, Any]:
-    return site.compare_parameters(plan.site, name=plan.recipe.name, snapshot=plan.snapshot, out=plan.out, dependency=f"afterany:{array}")
+def _compare_parameters(array: Array, identity: str) -> dict[str, Any]:
+    plan = array.first
+    return site.compare_parameters(plan.site, name=array.name, snapshot=plan.snapshot, out=array.root, dependency=f"afterany:{identity}")
 
 
-def _write_jobs(plan: Plan, array: str, jobs: list[str], compare: str = "") -> None:
+def _write_jobs(array: Array, out: Path, identity: str, jobs: list[str]) -> None:
     entries = [
-        {"fold": fold, "job": job, "log": str(plan.jobs / f"{job}_0_log.out"), "folder": str(plan.jobs)}
-        for fold, job in zip(plan.todo, jobs, strict=True)
+        {"fold": fold, "job": job, "log": str(array.jobs / f"{job}_0_log.out"), "folder": str(array.jobs)}
+        for (plan, fold), job in zip(array.tasks, jobs, strict=True)
+        if plan.out == out
     ]
-    head = {"executor": "slurm", "submission": plan.submission, "folds": list(plan.folds), "array": array, "compare": compare}
-    status.write_json(plan.out / "jobs.json", {**head, "jobs": entries})
+    plan = next(plan for plan, _ in array.tasks if plan.out == out)
+    head = {"executor": "slurm", "submission": plan.submission, "folds": list(plan.folds), "array": identity}
+    status.write_json(out / "jobs.json", {**head, "jobs": entries})
 
 
-def queue(jobs: dict[str, Any]) -> dict[str, str]:
-    """State in SLURM's queue by job id (`123_0`, or `123` for one fold) of what jobs.json names; gone jobs are absent.
+@dataclass(frozen=True)
+class Queued:
+    """A job as squeue shows it: state (PENDING, RUNNING, …), why it waits, and its node(s)."""
+
+    state: str
+    reason: str = ""
+    nodes: str = ""
+
+
+def squeue(job: str) -> dict[str, Queued]:
+    """Jobs by id (`123_0`, or `123` for one fold) of a job, or of the tasks of an array, where SLURM still has them in its queue.
 
     Raises UserError where squeue itself does not answer.
     """
-    ids = [str(jobs[name]) for name in ("array", "compare") if jobs.get(name)]
-    if not ids:
-        return {}
-    states: dict[str, str] = {}
-    for job in ids:  # one by one: squeue refuses the whole list for one id it has forgotten
-        states.update(squeue(job))
-    return states
-
-
-def squeue(job: str) -> dict[str, str]:
-    """State by job id of a job, or of the tasks of an array, where SLURM still has them in its queue."""
-    words = ["squeue", "--noheader", "--array", "--jobs", job, "--format", "%i|%T"]
+    words = ["squeue", "--noheader", "--array", "--jobs", job, "--format", "%i|%T|%r|%N"]
     try:
         answer = subprocess.run(words, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -126,8 +173,8 @@ def squeue(job: str) -> dict[str, str]:
         if "Invalid job id" in answer.stderr:
             return {}
         raise UserError(f"squeue failed: {' '.join(answer.stderr.split())}", "Is slurmctld reachable? See check_site.py.")
-    lines = (line.split("|") for line in answer.stdout.splitlines() if "|" in line)
-    return {identity.strip(): state.strip() for identity, state in lines}
+    lines = ([field.strip() for field in line.split("|")] for line in answer.stdout.splitlines() if "|" in line)
+    return {fields[0]: Queued(fields[1], "" if fields[2] == "None" else fields[2], fields[3]) for fields in lines}
 
 
 def sacct(job: str) -> str:

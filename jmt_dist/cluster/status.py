@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 STATES = ("waiting", "running", "done", "failed", "stopped")
 
@@ -65,40 +65,74 @@ class Row:
     epoch: str
     step: str
     score: str
-    tries: str
+    starts: str
     job: str
-    update: str
+    node: str
+    heartbeat: str
     log: str
     reason: str
 
 
-def row(out: Path, fold: str, jobs: Mapping[str, Any], alive: Mapping[str, str] | None = None) -> Row:
-    """A fold's row from its status.json and its entry in jobs.json.
+class Known(Protocol):
+    """What a scheduler says of a job."""
 
-    `alive` maps folds to their state in the scheduler (empty: the scheduler no longer knows it); a fold that says `running`
-    while its job is gone is shown as `lost`. None: not asked.
+    @property
+    def state(self) -> str:
+        """PENDING, RUNNING, …"""
+
+    @property
+    def reason(self) -> str:
+        """Why it waits; may be empty."""
+
+    @property
+    def nodes(self) -> str:
+        """Where it runs; may be empty."""
+
+
+def row(out: Path, fold: str, jobs: Mapping[str, Any], alive: Mapping[str, Known] | None = None, label: str = "") -> Row:
+    """A fold's row from its status.json, its lease and its entry in jobs.json.
+
+    `alive` maps folds to what the scheduler says (empty: it no longer knows them); a fold that says `running` while its job is
+    gone is shown as `lost`. None: not asked. The heartbeat is the age of the newer of lease and status.
     """
     status = read_status(out, fold)
     entry: Mapping[str, Any] = next((job for job in jobs.get("jobs", []) if job.get("fold") == fold), {})
-    state = str(status.get("state", "waiting"))
+    state, reason = str(status.get("state", "waiting")), str(status.get("reason") or "")
+    node = str(status.get("node") or "")
     if alive is not None and entry and state in ("running", "waiting"):
-        known = alive.get(fold, "")
-        state = known.lower() if state == "waiting" and known else state if known else "lost"
+        known = alive.get(fold)
+        state = "lost" if known is None else known.state.lower() if state == "waiting" else state
+        if known is not None:
+            node, waits = known.nodes or (node if state == "running" else ""), known.reason if known.state == "PENDING" else ""
+            reason = "; ".join(dict.fromkeys(filter(None, [reason, waits])))
     score = status.get("score")
     step, steps = status.get("step"), status.get("steps")
+    times = [str(read_json(out / fold / "lease.json").get("time") or ""), str(status.get("update") or "")]
     return Row(
-        fold=fold,
+        fold=label or fold,
         state=state,
         stage=str(status.get("stage") or ""),
         epoch=_text(status.get("epoch")),
         step=f"{step}/{steps}" if step is not None and steps else _text(step),
         score=f"{score:.3f}" if isinstance(score, int | float) else "",
-        tries=_text(status.get("try")),
+        starts=_text(status.get("try")),
         job=str(entry.get("job") or status.get("job") or ""),
-        update=_ago(str(status.get("update") or "")),
+        node=node,
+        heartbeat=_ago(max(times)) if state in ("running", "lost", "completing") else "",
         log=str(entry.get("log") or ""),
-        reason=str(status.get("reason") or ""),
+        reason=reason,
     )
+
+
+def last_lines(path: Path, count: int) -> list[str]:
+    """The last lines of a log; empty where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 400 * count))
+            text = file.read().decode("utf-8", "replace")
+    except OSError:
+        return []
+    return [line for line in text.splitlines() if line.strip()][-count:] if count else []
 
 
 def _text(value: Any) -> str:

@@ -14,6 +14,7 @@ from jmt_dist.cluster import plan as plans
 from jmt_dist.cluster import preflight, site, status
 from jmt_dist.cluster.options import SubmitOptions
 from jmt_dist.cluster.plan import Plan
+from jmt_dist.cluster.snapshot import Snapshot, take_snapshot
 from jmt_dist.config import Recipe, Site
 from jmt_dist.errors import UserError
 from jmt_dist.program import FAILED, OK, OMISSIONS
@@ -26,16 +27,14 @@ def submit(
     place: Site,
     function: str = plans.RUN_FOLD,
     compare: str = plans.COMPARE,
-    share: tuple[Path, ...] = (),
 ) -> int:
     """Submit a recipe's folds to a site; returns the program's exit code.
 
-    Local: runs them here, 0 when all are done, 3 when some failed, 1 when all failed. SLURM: 0 once they are queued.
-    `share` are run folders with stages in common, as in a sweep. Raises UserError, with nothing written, for whatever can be
-    known beforehand.
+    Local: runs them here, 0 when all are done, 3 when some failed, 1 when all failed. SLURM: 0 once they are queued; with `wait`
+    the same as local. Raises UserError, with nothing written, for whatever can be known beforehand.
     """
     os.umask(0o077)
-    work = replace(make_plan(options, recipe, place, function, compare if options.compare else ""), share=share, after=_array_of(share))
+    work = make_plan(options, recipe, place, function, compare if options.compare else "")
     _announce(work)
     if options.dry:
         return _dry(work)
@@ -43,14 +42,38 @@ def submit(
         print(f"nothing to do: all {len(work.folds)} folds are done")
         print(work.out)
         return OK
-    _make_folder(work.out)
-    with _alone(work.out):
+    make_folder(work.out)
+    with alone(work.out):
         if work.todo:
             _check_no_live_jobs(work.out)
             work = _prepare(work)
         code = _dispatch(work)
+    if options.wait and work.site.executor == "slurm" and work.todo:
+        from jmt_dist.cluster.watch import watch
+
+        return watch(work.out, lines=15)
     print(work.out)
     return code
+
+
+def resume(out: Path, wait: bool = False) -> int:
+    """Submit again what is not done in a run folder or in a sweep's, with the recipes and the site it was submitted with."""
+    from jmt_dist.cluster import sweep
+    from jmt_dist.cluster.control import SWEEP, read_jobs, runs_of
+    from jmt_dist.cluster.options import SweepOptions
+    from jmt_dist.recipe import load_recipe, load_site
+
+    out = out.expanduser().resolve()
+    runs = status.read_json(out / SWEEP).get("variants", [])
+    jobs = read_jobs(next(run for run in reversed(runs_of(out))))
+    folds = [str(fold) for fold in jobs.get("folds", [])]
+    if not runs:
+        options = SubmitOptions(recipe=str(out / "recipe.yaml"), site=str(out / "site.yaml"), out=str(out), folds=folds, wait=wait)
+        return submit(options, load_recipe(options.recipe), load_site(options.site))
+    site = load_site(out / runs[-1] / "site.yaml")
+    recipes = {name: load_recipe(out / name / "recipe.yaml") for name in runs}
+    again = SweepOptions(sweep="", site="", out=str(out), folds=folds, wait=wait)
+    return sweep.submit_recipes(again, recipes, out, site, plans.RUN_FOLD, sweep.COMPARE)
 
 
 def make_plan(options: SubmitOptions, recipe: Recipe, place: Site, function: str, compare: str) -> Plan:
@@ -65,15 +88,8 @@ def make_plan(options: SubmitOptions, recipe: Recipe, place: Site, function: str
     work = plans.work_hash(recipe, manifest)
     todo = tuple(fold for fold in folds if not status.is_done(out, fold, work))
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
-    return Plan(out, recipe, place, folds, todo, work, stamp, out / "snapshot" / "at-submission", function, compare)
-
-
-def _array_of(share: tuple[Path, ...]) -> str:
-    """The SLURM array that is still at work on stages this submission shares; empty where there is none."""
-    from jmt_dist.cluster.control import live_jobs
-
-    arrays = ((str(status.read_json(out / "jobs.json").get("array", "")), out) for out in share)
-    return next((array for array, out in arrays if array and live_jobs(out)), "")
+    share = tuple(Path(folder).expanduser().resolve() for folder in options.share)
+    return Plan(out, recipe, place, folds, todo, work, stamp, out / "snapshot" / "at-submission", function, compare, share)
 
 
 def _announce(work: Plan) -> None:
@@ -92,15 +108,16 @@ def _announce(work: Plan) -> None:
 
 def _dry(work: Plan) -> int:
     if work.site.executor == "slurm":
-        from jmt_dist.cluster.slurm import scripts
+        from jmt_dist.cluster.slurm import of_plan, scripts
 
-        for title, text in scripts(work):
+        for title, text in scripts([of_plan(work)], bool(work.compare)) if work.todo else []:
             print(f"\n### sbatch script of: {title}\n{text}")
     print(f"dry run: nothing was written; the run folder would be {work.out}")
     return OK
 
 
-def _make_folder(out: Path) -> None:
+def make_folder(out: Path) -> None:
+    """Make a run folder, private to its owner. Raises UserError where that cannot be."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -112,7 +129,8 @@ def _make_folder(out: Path) -> None:
 
 
 @contextmanager
-def _alone(out: Path) -> Iterator[None]:
+def alone(out: Path) -> Iterator[None]:
+    """Keep other submissions out of a folder. Raises UserError where one is at work there."""
     with (out / ".lock").open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -139,23 +157,25 @@ def _check_no_live_jobs(out: Path) -> None:
 
 def _prepare(work: Plan) -> Plan:
     from jmt_dist.cluster import tracking
-    from jmt_dist.cluster.snapshot import take_snapshot
 
     snapshot = take_snapshot(work.out)
     work = replace(work, snapshot=Path(snapshot.path))
     dump(work.recipe, work.out / "recipe.yaml")
     dump(work.site, work.out / "site.yaml")
     tracking.prepare(work, snapshot)
-    commit = f"commit {snapshot.commit[:12]}" if snapshot.commit else "no git checkout"
-    print(f"code: {commit}{', with changes' if snapshot.dirty else ''}, copied to {snapshot.path}", flush=True)
+    print(describe(snapshot), flush=True)
     return work
+
+
+def describe(snapshot: Snapshot) -> str:
+    """The code of a submission, as a line."""
+    commit = f"commit {snapshot.commit[:12]}" if snapshot.commit else "no git checkout"
+    return f"code: {commit}{', with changes' if snapshot.dirty else ''}, copied to {snapshot.path}"
 
 
 def _dispatch(work: Plan) -> int:
     if work.site.executor == "slurm" and work.todo:
-        from jmt_dist.cluster.slurm import submit_array
-
-        array = submit_array(work)
+        array = _submit(work)
         print(f"submitted array {array}: {len(work.todo)} fold job(s){', and a comparison after them' if work.compare else ''}")
         print(f"see: python launch/show_status.py out={work.out}")
         return OK
@@ -165,6 +185,18 @@ def _dispatch(work: Plan) -> int:
 
         states = Scheduler(work).run()
     return _finish(work, states)
+
+
+def _submit(work: Plan) -> str:
+    from jmt_dist.cluster import slurm
+
+    array, jobs = slurm.of_plan(work), work.out / "jobs.json"
+    with slurm.submitting():
+        identity, _ = slurm.submit_array(array)
+        if work.compare:
+            compare = slurm.submit_comparison(array, identity, work.out, work.compare)
+            status.write_json(jobs, {**status.read_json(jobs), "compare": compare})
+    return identity
 
 
 def _finish(work: Plan, states: dict[str, str]) -> int:

@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 
 from jmt_dist.cluster import control, slurm
+from jmt_dist.cluster.graph import SHARED
 from jmt_dist.cluster.plan import Plan
 from jmt_dist.cluster.snapshot import Snapshot
 from jmt_dist.cluster.status import read_json, read_status, update_status, write_json
@@ -20,7 +21,13 @@ ENDED_FROM_OUTSIDE = ("CANCELLED", "DEADLINE", "PREEMPTED", "TIMEOUT")
 
 def store(out: Path, site: Site) -> str:
     """The tracking URI of a run folder: the site's, or one SQLite file beside the run folders."""
-    return site.tracking_uri or f"sqlite:///{out.resolve().parent / 'mlflow.db'}"
+    home = out.resolve().parent
+    return site.tracking_uri or f"sqlite:///{(home.parent if home.name == SHARED else home) / 'mlflow.db'}"
+
+
+def sends(site: Site) -> bool:
+    """Whether jobs of a site send to a store themselves. Under SLURM without a tracking URI they only spool."""
+    return bool(site.tracking_uri) or site.executor == "local"
 
 
 def prepare(plan: Plan, snapshot: Snapshot) -> None:
@@ -50,7 +57,7 @@ def close_lost(out: Path) -> list[str]:
     here = jobs.get("executor") == "slurm" or jobs.get("scheduler", {}).get("host") == socket.gethostname()
     if not jobs or not here:  # processes of another machine cannot be seen from this one
         return []
-    alive = control.alive_states(out, jobs)
+    alive = control.alive_states(jobs)
     found = []
     for entry in jobs.get("jobs", []):
         fold, job = str(entry["fold"]), str(entry["job"])
@@ -58,19 +65,23 @@ def close_lost(out: Path) -> list[str]:
         if fold in alive or state not in ("running", "waiting"):
             continue
         ended = slurm.sacct(job) if jobs.get("executor") == "slurm" else ""
-        if ended in (
-            "COMPLETED",
-            "PENDING",
-            "REQUEUED",
-            "RESIZING",
-            "RUNNING",
-            "SUSPENDED",
-        ):  # it, or what is read here, lags behind: ask later
+        if ended in LAGS_BEHIND:  # it, or what is read here, lags behind: ask later
             continue
         reason = f"job {job} is gone{f': {ended}' if ended else ''}"
         update_status(out, fold, state="stopped" if ended in ENDED_FROM_OUTSIDE else "failed", reason=reason)
         found.append(fold)
     return found
+
+
+def only_spool(plan: Plan) -> None:
+    """Make no run now: whoever fills the store does. Spools of other work that lie in the folder are kept beside."""
+    record = read_json(plan.out / "submission.json")
+    if record and record.get("work") != plan.work:
+        for fold in plan.folds:
+            if (plan.out / fold / "spool").is_dir():
+                _keep_aside(plan.out / fold / "spool")
+        (plan.out / "parent_run.json").unlink(missing_ok=True)
+    write_json(plan.out / "submission.json", {"work": plan.work, "uri": store(plan.out, plan.site), "submission": plan.submission})
 
 
 def _create(plan: Plan, snapshot: Snapshot, uri: str, same: bool, missing: list[str]) -> None:
@@ -89,13 +100,12 @@ def _create(plan: Plan, snapshot: Snapshot, uri: str, same: bool, missing: list[
         artifacts = None if plan.site.tracking_uri else plan.out.parent / "mlartifacts"
         params = plan.recipe.model_dump(mode="json")
         parent = tracker.create_experiment(uri, plan.recipe.name, tags, params, artifacts)
-    sends = bool(plan.site.tracking_uri) or plan.site.executor == "local"
     for fold in missing:
         spool = plan.out / fold / "spool"
         if (spool / "run.json").is_file():
             _keep_aside(spool)
         run = tracker.create_child(parent, fold, {"submission": plan.submission, "mlflow.user": getpass.getuser()})
-        tracker.save_run(spool, uri if sends else "", run)
+        tracker.save_run(spool, uri if sends(plan.site) else "", run)
     parent.save(plan.out)  # last: without it the next submission starts anew
 
 

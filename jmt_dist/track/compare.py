@@ -232,6 +232,16 @@ def runs_table(runs: Sequence[RunResult]) -> Table:
     return Table("Runs compared", columns, tuple(rows), bold, "CCC; brackets: 95 % interval by bootstrap over videos.")
 
 
+def ranked(runs: Sequence[RunResult]) -> list[RunResult]:
+    """The best first: by the mean over folds 1 to 5, else by the official fold; those that lack folds others have come after them."""
+
+    def place(run: RunResult) -> tuple[int, float]:
+        mean, scores = folds_mean(run), [row.score.average for row in run.folds if row.score is not None]
+        return -len(scores), -(mean[0][2] if mean else scores[0] if scores else -math.inf)
+
+    return sorted(runs, key=place)
+
+
 def changed_keys(runs: Sequence[RunResult], limit: int = 6) -> list[str]:
     """Recipe keys whose values differ between runs, at most `limit`; `name` is the row's title already."""
     keys = sorted({key for run in runs for key in run.recipe} - {"name"})

@@ -19,6 +19,7 @@ from jmt_dist.track.compare import (
     Score,
     Table,
     markdown,
+    ranked,
     read_ceilings,
     read_run,
     runs_csv,
@@ -131,8 +132,8 @@ def show(result: Comparison) -> None:
 
 
 def run_folders(folder: Path) -> list[Path]:
-    """The run folders inside a sweep's folder, by name."""
-    return sorted(path.parent for path in folder.glob("*/recipe.yaml"))
+    """The run folders inside a sweep's folder, the best first."""
+    return [run.out for run in ranked([read_run(path.parent) for path in sorted(folder.glob("*/recipe.yaml"))])]
 
 
 def _run_figures(run: RunResult, ceilings: Mapping[str, Score] | None, omissions: list[str]) -> list[tuple[str, bytes]]:

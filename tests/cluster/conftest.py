@@ -57,7 +57,7 @@ class Workplace:
         """`star` stands for every fold; underscores in a fold's name for hyphens."""
         names = {"star": "*"} | {f"fold_{n}": f"fold-{n}" for n in range(1, 6)}
         behaviour = {names.get(key, key): value for key, value in toy.items()}
-        return {**os.environ, "TOY": json.dumps(behaviour), "PYTHONPATH": str(HERE), "MLFLOW_DISABLE_TELEMETRY": "true"}
+        return {**os.environ, "TOY": json.dumps(behaviour), "PYTHONPATH": f"{HERE}{os.pathsep}{ROOT}", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
     def start(self, out: Path, *words: str, **toy: Any) -> subprocess.Popen[str]:
         command = [sys.executable, str(HERE / "drive.py"), f"recipe={self.recipe}", f"site={self.site}", f"out={out}", *words]

@@ -124,7 +124,8 @@ def squeue(words: list[str]) -> int:
         return 1
     for name in known:
         if read(name)["state"] in ("PENDING", "RUNNING"):
-            print(f"{name}|{read(name)['state']}")
+            state = read(name)["state"]
+            print(f"{name}|{state}|{'None' if state == 'RUNNING' else 'Priority'}|{'n1' if state == 'RUNNING' else ''}")
     return 0
 
 

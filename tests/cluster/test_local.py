@@ -108,8 +108,8 @@ def test_a_dead_rank_takes_its_siblings_along(workplace: Workplace) -> None:
 
 def test_the_time_limit_stops_a_fold_which_goes_on_in_its_next_start(workplace: Workplace) -> None:
     out = workplace.out()
-    words = ["folds=[official]", "site.time=00:00:04", "site.signal_seconds=3", "site.tries=9"]
-    code, text = workplace.submit(out, *words, official={"steps": 30, "seconds": 0.05})
+    words = ["folds=[official]", "site.time=00:00:08", "site.signal_seconds=4", "site.tries=9"]
+    code, text = workplace.submit(out, *words, official={"steps": 120, "seconds": 0.05})
     assert code == 0, text
     outcomes = attempts_of(out, "official")
     assert outcomes[-1] == ("done", "") and outcomes[0] == ("stopped", "time limit or preemption (SIGUSR2)")

@@ -177,6 +177,6 @@ def test_a_job_that_slurm_has_lost_shows_as_lost(workplace: Workplace, slurm: Pa
     (out / "official" / "status.json").write_text('{"state": "running", "stage": "visual"}')
     entry = {"fold": "official", "job": "77_0", "log": "x"}
     (out / "jobs.json").write_text(json.dumps({"executor": "slurm", "array": "77", "folds": ["official"], "jobs": [entry]}))
-    assert control.alive_states(out, control.read_jobs(out)) == {}
+    assert control.alive_states(control.read_jobs(out)) == {}
     answer = subprocess.run([sys.executable, "launch/show_status.py", f"out={out}"], cwd=ROOT, capture_output=True, text=True)
     assert answer.returncode == 1 and "official   lost" in answer.stdout

@@ -20,6 +20,8 @@ def run_fold(recipe: Any, site: Any, fold: str, out: Path) -> None:
     toy = json.loads(os.environ.get("TOY", "{}"))
     toy = {"steps": 3, "seconds": 0.02, **toy.get("*", {}), **toy.get(fold, {})}
     rank, folder = int(os.environ["RANK"]), out / fold
+    if toy.get("stages"):
+        do_stages(recipe, fold, out, toy.get("fail_stage", ""))
     state = folder / f"state-{rank}"
     step = int(state.read_text()) if state.exists() else 0
     import jmt_dist
@@ -58,6 +60,18 @@ def run_fold(recipe: Any, site: Any, fold: str, out: Path) -> None:
         file.write(json.dumps({"pid": os.getpid(), "fold": fold, "rank": rank, "end": time.time()}) + "\n")
 
 
+def do_stages(recipe: Any, fold: str, out: Path, fail: str) -> None:
+    """Stage folders as training leaves them; those that are there already are not done again."""
+    did = [stage for stage in recipe.stages if not (out / fold / stage / "done.json").exists()]
+    for stage in did:
+        if stage == fail:
+            raise UserError(f"toy failure in {stage}")
+        (out / fold / stage).mkdir(exist_ok=True)
+        (out / fold / stage / "done.json").write_text("{}")
+    with (out / "starts.jsonl").open("a") as file:
+        file.write(json.dumps({"fold": fold, "did": did}) + "\n")
+
+
 def gloo(recipe: Any, site: Any, fold: str, out: Path) -> None:
     """Every rank adds its number over a real process group made from the environment alone."""
     import torch
@@ -74,3 +88,7 @@ def compare(out: Path) -> None:
     folds = sorted(path.parent.name for path in out.glob("*/metrics.json"))
     (out / "table1.csv").write_text("\n".join(["fold", *folds]) + "\n")
     print(f"compared {len(folds)} folds in {out}", file=sys.stderr)
+
+
+def compare_sweep(out: Path) -> None:
+    (out / "comparison.csv").write_text("\n".join(json.loads((out / "sweep.json").read_text())["variants"]) + "\n")

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from jmt_dist.cluster.share import link_stages, same_stages
+from jmt_dist.cluster.graph import graph
+from jmt_dist.cluster.share import link_stages, require_done
 from jmt_dist.cluster.sweep import variants
-from jmt_dist.errors import UsageError
+from jmt_dist.errors import UsageError, UserError
 from jmt_dist.recipe import load_recipe
 from tests.cluster.conftest import HERE, ROOT, Workplace, starts
 from tests.cluster.test_local import wait_for
@@ -29,7 +30,7 @@ run(program.main, "", [])
 SINGLE = "import jmt_dist.cluster.single as s; s.run_single.__defaults__ = ('toyjob:run_fold',)"
 SWEEP = """
 import jmt_dist.cluster.sweep as s, jmt_dist.cluster.tracking as t
-s.submit_sweep.__defaults__ = ("toyjob:run_fold", "toyjob:compare")
+s.submit_sweep.__defaults__ = ("toyjob:run_fold", "toyjob:compare_sweep")
 t.prepare = lambda *_: None
 """
 
@@ -87,20 +88,80 @@ def write_sweep(workplace: Workplace, text: str) -> Path:
     return path
 
 
-def test_a_sweep_submits_every_variant_to_its_own_folder_and_goes_on(workplace: Workplace) -> None:
-    sweep = write_sweep(workplace, "  plain: []\n  wide: [fusion.batch=4]\n")
+def test_a_sweep_runs_every_variant_in_its_own_folder_shared_stages_once_and_goes_on(workplace: Workplace) -> None:
+    sweep = write_sweep(workplace, "  plain: []\n  wide: [fusion.batch=4]\n  deep: [visual.depth=10]\n")
     out = workplace.out()
     words = [f"sweep={sweep}", f"site={workplace.site}", f"out={out}", "folds=[official]"]
-    process = start(workplace, "submit_sweep", SWEEP, *words)
+    process = start(workplace, "submit_sweep", SWEEP, *words, official={"stages": True})
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 0, text
-    assert text.splitlines()[-3:] == ["plain: done", "wide: done", str(out)]
+    assert text.splitlines()[-2:] == ["3 of 3 folds of 3 variant(s) are done", str(out)]
     assert load_recipe(out / "wide" / "recipe.yaml").fusion.batch == 4
     assert load_recipe(out / "wide" / "recipe.yaml").name == "toy-wide"
     assert load_recipe(out / "plain" / "recipe.yaml").fusion.batch == 2
+    # audio by one job for all three, visual and features by one for two of them
+    done = [(note["run"].partition("-")[0], note["did"]) for run in (out, out / "shared") for note in _toy_notes(run)]
+    backbones = [("visual", ["visual"]), ("audio", ["audio"]), ("features", ["features"])]
+    own = [("plain", ["fusion", "evaluate"]), ("wide", ["fusion", "evaluate"]), ("deep", ["visual", "features", "fusion", "evaluate"])]
+    assert sorted(done) == sorted(backbones + own)
+    assert (out / "comparison.csv").read_text().split() == ["plain", "wide", "deep"]
     process = start(workplace, "submit_sweep", SWEEP, *words, official={"raise_at": 1})
     text, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and text.count("nothing to do") == 2
+    assert process.returncode == 0 and "nothing to do" in text
+    show = [sys.executable, "launch/show_status.py", f"out={out}"]
+    rows = subprocess.run(show, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()[:-1]
+    assert len(rows) == 6 and rows[-1].startswith("deep official  done")
+
+
+def _toy_notes(folder: Path) -> list[dict[str, object]]:
+    return [{**note, "run": run.name} for run in folder.iterdir() if run.is_dir() for note in starts(run) if "did" in note]
+
+
+def test_a_failed_shared_stage_fails_those_that_need_it_at_once_and_says_why(workplace: Workplace) -> None:
+    sweep = write_sweep(workplace, "  plain: []\n  wide: [fusion.batch=4]\n")
+    out = workplace.out()
+    words = [f"sweep={sweep}", f"site={workplace.site}", f"out={out}", "folds=[official,fold-1]", "site.tries=2"]
+    process = start(workplace, "submit_sweep", SWEEP, *words, official={"stages": True}, fold_1={"stages": True, "fail_stage": "audio"})
+    text, _ = process.communicate(timeout=90)
+    assert process.returncode == 3 and "2 of 4 folds of 2 variant(s) are done" in text, text
+    reason = json.loads((out / "wide" / "fold-1" / "status.json").read_text())["reason"]
+    assert "features-" in reason and "which this job shares with others, is not done" in reason
+    assert len(json.loads((out / "wide" / "fold-1" / "attempts.json").read_text())["attempts"]) == 1  # it would come again
+    again = start(workplace, "submit_sweep", SWEEP, *words, star={"stages": True})
+    text, _ = again.communicate(timeout=90)
+    assert again.returncode == 0 and "4 of 4 folds of 2 variant(s) are done" in text, text
+
+
+def test_a_grid_is_every_combination_and_random_draws_repeat(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("name: r\n")
+    (tmp_path / "grid.yaml").write_text(
+        "recipe: r.yaml\ngrid:\n  fusion.optimizer.lr: [3e-4, 1e-3]\n  fusion.jmt.scale: [none, sqrt]\n  visual.batch: [2, 4]\n"
+        "  audio.batch: [8]\n"
+    )
+    grid = variants(tmp_path / "grid.yaml", [])
+    assert len(grid) == 8 and "lr0.0003-scalesqrt-visual.batch4-audio.batch8" in grid
+    found = {(r.fusion.optimizer.lr, r.fusion.jmt.scale, r.visual.batch, r.audio.batch) for r in grid.values()}
+    assert found == {(lr, scale, batch, 8) for lr in (3e-4, 1e-3) for scale in ("none", "sqrt") for batch in (2, 4)}
+    text = (
+        "recipe: r.yaml\nsamples: {}\nrandom:\n  fusion.optimizer.lr: {{low: 1e-5, high: 1e-2, log: true}}\n"
+        "  fusion.batch: [2, 4, 8]\n  visual.size: {{low: 16, high: 224}}\n  visual.dropout: {{low: 0.0, high: 0.9}}\n"
+    )
+    (tmp_path / "random.yaml").write_text(text.format(200))
+    drawn = variants(tmp_path / "random.yaml", [])
+    rates = sorted(recipe.fusion.optimizer.lr for recipe in drawn.values())
+    assert len(drawn) == 200 and rates[0] >= 1e-5 and rates[-1] <= 1e-2 and 1e-4 < rates[100] < 1e-3  # the median of three decades
+    assert {recipe.fusion.batch for recipe in drawn.values()} == {2, 4, 8}
+    (tmp_path / "random.yaml").write_text(text.format(5))
+    assert list(variants(tmp_path / "random.yaml", []).values()) == list(drawn.values())[:5]
+    for broken, words in [
+        ("random: {fusion.batch: {low: 4, high: 2}}", "low=4 and high=2"),
+        ("grid: {fusion.btach: [2]}", r"fusion\.btach"),
+        ("grid: {fusion.batch: [2]}\nvariants: {a: []}", "one of"),
+        ("grid: {fusion.batch: []}", "grid"),
+    ]:
+        (tmp_path / "broken.yaml").write_text(f"recipe: r.yaml\n{broken}\n")
+        with pytest.raises(UsageError, match=words):
+            variants(tmp_path / "broken.yaml", [])
 
 
 def test_a_mistake_in_any_variant_is_found_before_the_first_is_submitted(workplace: Workplace) -> None:
@@ -112,11 +173,37 @@ def test_a_mistake_in_any_variant_is_found_before_the_first_is_submitted(workpla
         variants(write_sweep(workplace, "  {}\n"), [])
 
 
-@pytest.mark.parametrize("name", ["grid", "ablation"])
-def test_the_sweeps_of_the_repository_can_be_read_and_share_their_backbones(name: str) -> None:
-    recipes = list(variants(ROOT / "launch" / "recipes" / f"{name}.yaml", []).values())
-    assert len(recipes) > 5 and len({recipe.name for recipe in recipes}) == len(recipes)
-    assert all(same_stages(recipes[0], other) for other in recipes)
+@pytest.mark.parametrize(("name", "count"), [("grid", 12), ("ablation", 24)])
+def test_the_sweeps_of_the_repository_can_be_read_and_share_their_backbones(name: str, count: int) -> None:
+    recipes = variants(ROOT / "launch" / "recipes" / f"{name}.yaml", [])
+    assert len(recipes) == count and len({recipe.name for recipe in recipes.values()}) == count
+    nodes = graph(recipes)
+    shared = [node for node in nodes.values() if node.level < 2]
+    assert [node.recipe.stages for node in shared] == [["visual"], ["audio"], ["features"]]
+    assert {node.needs for node in nodes.values() if node.level == 2} == {(shared[2].name,)}
+
+
+def test_only_what_is_alike_is_shared() -> None:
+    def nodes(*words: list[str]) -> dict[str, tuple[list[str], tuple[str, ...]]]:
+        found = graph({f"v{n}": load_recipe(None, some) for n, some in enumerate(words)})
+        return {
+            name.rpartition("-")[0] or name: (node.recipe.stages, tuple(n.rpartition("-")[0] for n in node.needs))
+            for name, node in found.items()
+        }
+
+    every = ["visual", "audio", "features", "fusion", "evaluate"]
+    assert nodes([]) == {"v0": (every, ())}
+    assert nodes(["seed=1"], ["seed=2"]) == {"v0": (every, ()), "v1": (every, ())}
+    assert nodes(["visual.batch=2"], ["visual.batch=4"]) == {
+        "shared/audio": (["audio"], ()), "v0": (every, ("shared/audio",)), "v1": (every, ("shared/audio",))
+    }  # fmt: skip
+    offsets = ["features.offsets=[0]", "fusion.validation_offsets=[0]", "evaluate.offsets=[0]", "fusion.offsets_per_epoch=1"]
+    apart = nodes([], offsets)
+    assert set(apart) == {"shared/visual", "shared/audio", "v0", "v1"} and apart["v1"][1] == ("shared/visual", "shared/audio")
+    assert set(nodes(["stages=[fusion]"], ["stages=[fusion]", "fusion.batch=4"])) == {"v0", "v1"}
+    # only one of them trains the visual backbone: it is trained where the features are made
+    mixed = nodes([], ["stages=[audio,features,fusion,evaluate]", "fusion.batch=4"])
+    assert mixed["shared/features"] == (["visual", "features"], ("shared/audio",))
 
 
 def test_finished_stages_are_linked_and_nothing_else(tmp_path: Path) -> None:
@@ -133,8 +220,8 @@ def test_finished_stages_are_linked_and_nothing_else(tmp_path: Path) -> None:
     (first / "official" / "audio" / "done.json").write_text("{}")
     (second / "official" / "audio").mkdir()
     assert link_stages([first], second, "official") == []  # there already: not touched
-    recipe = load_recipe(None)
-    assert same_stages(recipe, load_recipe(None, ["fusion.batch=4"])) and not same_stages(recipe, load_recipe(None, ["visual.depth=10"]))
+    with pytest.raises(UserError, match="first, which this job shares with others, is not done: it has not started"):
+        require_done([first], "official")
 
 
 def test_every_site_of_the_repository_is_valid() -> None:

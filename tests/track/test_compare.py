@@ -180,7 +180,7 @@ def test_several_runs_side_by_side(tmp_path):
     scores = {**ALL, "official": (0.6, 0.7), "fold-1": (0.8, 0.8)}
     b = make_light(tmp_path / "sweep" / "b", scores, ("name=b", "fusion.optimizer.lr=0.01"))
     c = make_light(tmp_path / "sweep" / "c", {"official": (0.1, 0.2)}, ("name=c | d",))
-    assert run_folders(tmp_path / "sweep") == [a, b, c]
+    assert run_folders(tmp_path / "sweep") == [b, a, c]  # the best first, then those that lack folds
     assert changed_keys([read_run(folder) for folder in (a, b)]) == ["fusion.optimizer.lr"]
     result = compare_runs([a, b, c], tmp_path / "sweep")
     table = result.tables[0]

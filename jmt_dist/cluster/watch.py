@@ -1,0 +1,74 @@
+"""Showing how the folds of a run folder or of a sweep are doing: once, or until their jobs have ended."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from jmt_dist.cluster import control, status
+from jmt_dist.cluster.progress import Progress, plain, table
+from jmt_dist.cluster.slurm import Queued
+from jmt_dist.program import FAILED, OK, OMISSIONS
+
+BAD = ("failed", "lost")
+ALIVE = ("running", "waiting", "pending", "configuring", "completing", "requeued", "requeue_hold", "suspended", "resizing")
+
+
+def rows(out: Path) -> list[status.Row]:
+    """One row per fold of a run folder, or per run and fold of a sweep. Raises UserError where nothing was submitted."""
+    runs, asked = control.runs_of(out), dict[str, dict[str, Queued]]()
+    found: list[status.Row] = []
+    for run in runs:
+        if run != out and not (run / "jobs.json").is_file():
+            continue  # a part of the sweep that has yet to be submitted, or had nothing to do
+        jobs = control.read_jobs(run)
+        alive = control.alive_states(jobs, asked)
+        for fold in jobs.get("folds", []):
+            found.append(status.row(run, fold, jobs, alive, fold if run == out else f"{run.name} {fold}"))
+    return found
+
+
+def show(out: Path, lines: int) -> int:
+    """Print the rows and the last log lines of what failed; 1 where a fold has failed or its job is gone before its end."""
+    from rich.console import Console
+
+    found, console = rows(out), Console()
+    if console.is_terminal:
+        console.print(table(found, str(out)))
+    else:
+        for row in found:
+            words = [plain(row), f"job {row.job}" if row.job else "", row.node, row.heartbeat and f"heartbeat {row.heartbeat}", row.log]
+            print("  ".join(filter(None, words)))
+    _print_logs(found, lines)
+    print(out)
+    return FAILED if any(row.state in BAD for row in found) else OK
+
+
+def watch(out: Path, lines: int, every: float = 5.0) -> int:
+    """Show the rows until no job is left, then what failed; 0 all done, 3 some folds are not, 1 none is."""
+    latest = rows(out)
+
+    def current() -> list[status.Row]:
+        return latest
+
+    with Progress(str(out), current) as progress:
+        progress.show(force=True)
+        while any(row.state in ALIVE for row in latest):
+            time.sleep(every)
+            latest = rows(out)
+            progress.show()
+    _print_logs(latest, lines)
+    done = sum(row.state == "done" for row in latest)
+    print(f"{done} of {len(latest)} folds are done")
+    print(out)
+    return OK if done == len(latest) else OMISSIONS if done else FAILED
+
+
+def _print_logs(found: list[status.Row], lines: int) -> None:
+    for row in found:
+        if row.state not in BAD or not row.log:
+            continue
+        last = status.last_lines(Path(row.log), lines)
+        print(f"\n{row.fold}: {'the last lines of' if last else 'there is no log'} {row.log}{':' if last else ''}")
+        for line in last:
+            print(f"  {line}")
