@@ -18,7 +18,7 @@ from jmt_dist.recipe import build, word_layer
 def main(words: list[str]) -> int:
     """Submit again."""
     options = build(ResumeOptions, [word_layer(word) for word in words])
-    from jmt_dist.cluster.submit import resume
+    from jmt_dist.cluster.resume import resume
 
     return resume(Path(options.out), options.wait)
 

@@ -56,26 +56,6 @@ def submit(
     return code
 
 
-def resume(out: Path, wait: bool = False) -> int:
-    """Submit again what is not done in a run folder or in a sweep's, with the recipes and the site it was submitted with."""
-    from jmt_dist.cluster import sweep
-    from jmt_dist.cluster.control import SWEEP, read_jobs, runs_of
-    from jmt_dist.cluster.options import SweepOptions
-    from jmt_dist.recipe import load_recipe, load_site
-
-    out = out.expanduser().resolve()
-    runs = status.read_json(out / SWEEP).get("variants", [])
-    jobs = read_jobs(next(run for run in reversed(runs_of(out))))
-    folds = [str(fold) for fold in jobs.get("folds", [])]
-    if not runs:
-        options = SubmitOptions(recipe=str(out / "recipe.yaml"), site=str(out / "site.yaml"), out=str(out), folds=folds, wait=wait)
-        return submit(options, load_recipe(options.recipe), load_site(options.site))
-    site = load_site(out / runs[-1] / "site.yaml")
-    recipes = {name: load_recipe(out / name / "recipe.yaml") for name in runs}
-    again = SweepOptions(sweep="", site="", out=str(out), folds=folds, wait=wait)
-    return sweep.submit_recipes(again, recipes, out, site, plans.RUN_FOLD, sweep.COMPARE)
-
-
 def make_plan(options: SubmitOptions, recipe: Recipe, place: Site, function: str, compare: str) -> Plan:
     """The checked plan of a submission; writes nothing."""
     recipe = preflight.absolute(recipe)

@@ -1,0 +1,26 @@
+"""Going on after a cancellation or a failure, from what a run folder itself says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jmt_dist.cluster import status, submit, sweep
+from jmt_dist.cluster.control import SWEEP, read_jobs, runs_of
+from jmt_dist.cluster.options import SubmitOptions, SweepOptions
+from jmt_dist.cluster.plan import RUN_FOLD
+from jmt_dist.recipe import load_recipe, load_site
+
+
+def resume(out: Path, wait: bool = False) -> int:
+    """Submit again what is not done in a run folder or in a sweep's, with the recipes and the site it was submitted with."""
+    out = out.expanduser().resolve()
+    runs = status.read_json(out / SWEEP).get("variants", [])
+    jobs = read_jobs(next(run for run in reversed(runs_of(out))))
+    folds = [str(fold) for fold in jobs.get("folds", [])]
+    if not runs:
+        options = SubmitOptions(recipe=str(out / "recipe.yaml"), site=str(out / "site.yaml"), out=str(out), folds=folds, wait=wait)
+        return submit.submit(options, load_recipe(options.recipe), load_site(options.site))
+    site = load_site(out / runs[-1] / "site.yaml")
+    recipes = {name: load_recipe(out / name / "recipe.yaml") for name in runs}
+    again = SweepOptions(sweep="", site="", out=str(out), folds=folds, wait=wait)
+    return sweep.submit_recipes(again, recipes, out, site, RUN_FOLD, sweep.COMPARE)
