@@ -216,6 +216,25 @@ def test_killed_writer_leaves_a_spool_that_goes_on(tmp_path):
     assert len(points) == len(set(points))
 
 
+TWICE = """
+import sys
+from pathlib import Path
+from jmt_dist.track.spool import Spool
+spool = Spool(Path(sys.argv[1]))
+for step in range(3_000):
+    spool.metrics({f"{sys.argv[2]}/{i}": step for i in range(20)}, step)
+spool.close()
+"""
+
+
+def test_a_second_start_while_the_first_still_writes_mixes_no_lines(tmp_path):
+    jobs = [subprocess.Popen([sys.executable, "-c", TWICE, str(tmp_path), name]) for name in ("first", "second")]
+    assert [job.wait(timeout=60) for job in jobs] == [0, 0]
+    assert None not in records(tmp_path)
+    curves = read_metrics(tmp_path)
+    assert len(curves) == 40 and all(curve == [(step, step) for step in range(3_000)] for curve in curves.values())
+
+
 def test_a_million_points_fit_in_memory():
     from jmt_dist.track.spool import _Points
 
