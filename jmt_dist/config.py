@@ -88,6 +88,10 @@ class TrainOptions(Options):
     schedule: ScheduleOptions = Field(ScheduleOptions(), description="learning-rate schedule")
     batch: Positive = Field(8, description="subsequences per optimiser step, over all ranks and accumulation steps")
     accumulation: Positive = Field(1, description="micro-batches per optimiser step and rank")
+    accumulated_loss: Literal["batch", "micro_batch"] = Field(
+        "batch",
+        description="CCC of the whole accumulated batch (exact; one more forward pass), or the mean of the micro-batches' CCCs",
+    )
     max_epochs: Positive = Field(50, description="passes over the training samples at most")
     max_steps: Count = Field(0, description="optimiser steps at most; 0 = no limit")
     patience: Positive = Field(5, description="epochs without a better validation score before the stage stops")
@@ -243,6 +247,7 @@ class Site(Options):
     environment: list[str] = Field([], description="shell lines before the job starts, such as module load")
     extra: dict[str, Word] = Field({}, description="further sbatch options, name: value")
     staging: str = Field("", description="node-local folder to copy the shards to before training; empty = none")
+    hang_seconds: Count = Field(1800, description="seconds without a finished batch after which a rank ends with a stack dump; 0 = never")
     signal_seconds: Positive = Field(120, description="seconds before the time limit at which SLURM warns the job")
     system_seconds: Count = Field(10, description="seconds between samples of CPU, memory, GPU and I/O; 0 = none")
     tracking_uri: str = Field("", description="MLflow tracking URI; empty: sqlite beside the run (local), spool only (slurm)")

@@ -41,7 +41,7 @@ def main(words: list[str]) -> int:
     print(f"exporting {weights}", flush=True)
     from jmt_dist.evaluate.export import export_fusion, parity
     from jmt_dist.model.zoo import make_fusion
-    from jmt_dist.train.checkpoint import load_weights
+    from jmt_dist.train.weights import load_weights
 
     model = make_fusion(recipe.fusion, name)
     load_weights(model, weights)

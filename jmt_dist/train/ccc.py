@@ -50,8 +50,8 @@ def ccc(sums: Tensor) -> Tensor:
     mx, my = x / n, y / n
     covariance = xy / n - mx * my
     spread = (xx / n - mx * mx).clamp(min=0) + (yy / n - my * my).clamp(min=0) + (mx - my) ** 2
-    # 1e-12: below the rounding of these sums a spread is 0, and its quotient would be noise
-    return torch.where(spread > 1e-12, 2 * covariance / spread.clamp(min=1e-12), torch.zeros_like(spread))
+    # 1e-12: below the rounding of these sums a spread is 0, and its quotient would be noise; a NaN must stay one
+    return torch.where(spread <= 1e-12, torch.zeros_like(spread), 2 * covariance / spread.clamp(min=1e-12))
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,11 @@ def ccc_loss(prediction: Tensor, target: Tensor) -> Loss:
     Collective: every rank calls it equally often. With fewer than two labels over all ranks a target's part is 0, with gradient 0.
     """
     sums = moments(prediction, target)
-    if world() > 1:
-        sums = _SumOverRanks.apply(sums)
+    return loss_of_sums(_SumOverRanks.apply(sums) if world() > 1 else sums)
+
+
+def loss_of_sums(sums: Tensor) -> Loss:
+    """The same from the `moments` [2, 6] of the whole batch."""
     values, labels = ccc(sums), sums[:, 0].detach()
     parts = torch.where(labels >= 2, 1 - values, values * 0)
     return Loss(parts.sum(), values.detach(), labels)

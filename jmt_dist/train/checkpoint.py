@@ -7,23 +7,27 @@ all ranks have finished writing (measured).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import random
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from jmt_dist.errors import UserError
-from jmt_dist.train.ranks import any_rank, barrier, from_first, rank, world
+from jmt_dist.train.ranks import any_rank, barrier, first_word, from_first, rank, world
+from jmt_dist.train.weights import BEST
 
 ENGINE = "engine"  # DeepSpeed's tag inside a checkpoint folder
+KEPT = "kept-best.safetensors"  # what the stage calls best at this point
+VERSION = 2  # of the folder's layout
 
 
 def _random_state(device: torch.device) -> dict[str, Any]:
@@ -51,6 +55,44 @@ def _restore_random_state(state: dict[str, Any], device: torch.device) -> None:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _manifest_digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _save(value: Any, path: Path) -> None:
+    """torch.save, with a full disk as OSError: torch's archive writer reports it as RuntimeError."""
+    try:
+        torch.save(value, path)
+    except RuntimeError as error:
+        raise OSError(f"{path.name}: {str(error).splitlines()[0]}") from None
+
+
+@contextlib.contextmanager
+def _deepspeed_writes(engine: Any) -> Iterator[list[OSError]]:
+    """Collects what goes wrong when DeepSpeed writes files, instead of leaving it in the middle of its barriers."""
+    writer, failures = engine.checkpoint_engine, []
+
+    def tried(write: Callable[..., Any]) -> Callable[..., Any]:
+        def attempt(*arguments: Any, **named: Any) -> None:
+            try:
+                write(*arguments, **named)
+            except (OSError, RuntimeError) as error:  # nothing here is collective: a RuntimeError is torch's writer
+                failures.append(error if isinstance(error, OSError) else OSError(str(error).splitlines()[0]))
+
+        return attempt
+
+    kept = {name: getattr(writer, name) for name in ("save", "makedirs")}
+    for name, write in kept.items():
+        setattr(writer, name, tried(write))
+    # a script that turns shards into weights, for which it needs a package that DeepSpeed does not install; best.safetensors has them
+    engine._copy_recovery_script = lambda folder: None
+    try:
+        yield failures
+    finally:
+        for name, write in kept.items():
+            setattr(writer, name, write)
 
 
 def _sync(path: Path) -> None:
@@ -85,43 +127,67 @@ class Checkpoints:
         return sorted(self.folder.glob("step-*"), reverse=True)
 
     def save(self, engine: Any, step: int, progress: dict[str, Any], loader: dict[str, Any]) -> bool:
-        """Write a checkpoint; collective. False where one process alone ran out of space: the old ones stay, training goes on."""
+        """Write a checkpoint; collective. False where any rank could not write its part: the old ones stay, training goes on."""
         final = self.folder / f"step-{step:08d}"
         if any_rank(rank() == 0 and final.exists(), self.device):
             return True  # the same step is already published: a stop request right after a regular save
         part = self.folder / ".saving"
+        steps = (
+            lambda: self._clear(part),
+            lambda: self._write(engine, part, progress, loader),
+            lambda: self._publish(part, final, step, engine.zero_optimization_stage()),
+        )
+        for attempt in steps:
+            try:
+                attempt()
+                problem = ""
+            except OSError as error:
+                problem = str(error)
+            problem = first_word(problem)  # the ranks go on together or not at all; this is also their barrier
+            if problem:
+                if rank() == 0:
+                    shutil.rmtree(part, ignore_errors=True)
+                    before = next(iter(self.found()), None)
+                    kept = f"training goes on, {before.name} stays the newest" if before else "training goes on without one"
+                    print(f"the checkpoint of step {step} could not be written ({problem}); {kept}", flush=True)
+                return False
+        return True
+
+    def _clear(self, part: Path) -> None:
         if rank() == 0:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
-        barrier()
-        try:
-            self._write(engine, part, progress, loader)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            if world() > 1:
-                raise  # the other ranks already wait in a collective: the job restarts from the checkpoint before
-            shutil.rmtree(part, ignore_errors=True)
-            print(f"checkpoint at step {step} could not be written ({error}); training goes on with the one before", flush=True)
-            return False
-        barrier()
-        if rank() == 0:
-            self._publish(part, final, step, engine.zero_optimization_stage())
-        barrier()
-        return True
 
     def _write(self, engine: Any, part: Path, progress: dict[str, Any], loader: dict[str, Any]) -> None:
-        engine.save_checkpoint(str(part), tag=ENGINE, save_latest=False)
+        with _deepspeed_writes(engine) as failures:
+            engine.save_checkpoint(str(part), tag=ENGINE, save_latest=False)
+        if failures:
+            raise failures[0]
         buffers = {name: value.detach().cpu() for name, value in engine.module.named_buffers()}
         own = {"random": _random_state(self.device), "buffers": buffers, "loader": loader}
-        torch.save(own, part / f"rank-{rank():05d}.pt")
+        _save(own, part / f"rank-{rank():05d}.pt")
         if rank() == 0:
             (part / "progress.json").write_text(json.dumps(progress))
+            self._keep_best(part / KEPT)
+
+    def _keep_best(self, target: Path) -> None:
+        # the best weights so far belong to the checkpoint: a resumed run must not meet those of a later epoch, or damaged ones
+        best = self.folder.parent / BEST
+        if best.exists():
+            try:
+                os.link(best, target)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(best, target)
 
     def _publish(self, part: Path, final: Path, step: int, zero: int) -> None:
+        if rank() != 0:
+            return
         files = {}
         for path in sorted(p for p in part.rglob("*") if p.is_file()):
             _sync(path)
             files[str(path.relative_to(part))] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
-        manifest = {"version": 1, "key": self.key, "world": world(), "zero": zero, "step": step, "files": files}
+        manifest = {"version": VERSION, "key": self.key, "world": world(), "zero": zero, "step": step, "files": files}
+        manifest["digest"] = _manifest_digest(manifest)
         (part / "manifest.json").write_text(json.dumps(manifest, indent=1))
         _sync(part / "manifest.json")
         _sync(part)
@@ -134,8 +200,12 @@ class Checkpoints:
         """Why a checkpoint cannot be used; empty where it can."""
         try:
             manifest = json.loads((folder / "manifest.json").read_text())
-        except (OSError, json.JSONDecodeError):
+        except (OSError, ValueError):
             return "it has no readable manifest"
+        if not isinstance(manifest, dict) or manifest.pop("digest", None) != _manifest_digest(manifest):
+            return "its manifest is damaged"
+        if manifest["version"] != VERSION:
+            return f"it was written by another version of this program ({manifest['version']}, not {VERSION})"
         if manifest["key"] != self.key:
             return "it belongs to another recipe, fold or dataset"
         if manifest["world"] != world() and manifest["zero"] > 0:  # each rank holds a part of the optimiser's state
@@ -177,6 +247,17 @@ class Checkpoints:
             return None
         return self._restore(engine, Path(name))
 
+    def _restore_best(self, folder: Path) -> None:
+        if rank() == 0:
+            best, kept = self.folder.parent / BEST, folder / KEPT
+            best.unlink(missing_ok=True)
+            if kept.exists():
+                temporary = best.with_suffix(".tmp")
+                shutil.copyfile(kept, temporary)  # a copy: what befalls the one must not befall the other
+                _sync(temporary)
+                os.replace(temporary, best)
+        barrier()
+
     def _restore(self, engine: Any, folder: Path) -> Saved:
         loaded, _ = engine.load_checkpoint(str(folder), tag=ENGINE)
         if loaded is None:
@@ -185,50 +266,10 @@ class Checkpoints:
         same = writers == world()
         wanted = [rank()] if same else range(writers)
         parts = [torch.load(folder / f"rank-{number:05d}.pt", map_location="cpu", weights_only=True) for number in wanted]
+        self._restore_best(folder)
         for name, buffer in engine.module.named_buffers():
             values = torch.stack([part["buffers"][name] for part in parts])
             buffer.copy_(values.mean(0) if buffer.is_floating_point() else values[0])
         if same:
             _restore_random_state(parts[0]["random"], self.device)
         return Saved(json.loads((folder / "progress.json").read_text()), [part["loader"] for part in parts], folder, same)
-
-
-def full_weights(engine: Any) -> dict[str, torch.Tensor]:
-    """The module's weights on the CPU in fp32, gathered under ZeRO 3; collective, complete on rank 0."""
-    module: nn.Module = engine.module
-    if engine.zero_optimization_stage() < 3:
-        return {name: _plain(value) for name, value in module.state_dict().items()}
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(list(module.parameters())):
-        return {name: _plain(value) for name, value in module.state_dict().items()} if rank() == 0 else {}
-
-
-def _plain(value: torch.Tensor) -> torch.Tensor:
-    return value.detach().to("cpu", torch.float32 if value.is_floating_point() else value.dtype).contiguous().clone()
-
-
-def save_weights(engine: Any, path: Path) -> None:
-    """Write the weights as safetensors under their final name by one rename; collective."""
-    from safetensors.torch import save_file
-
-    weights = full_weights(engine)
-    if rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        save_file(weights, str(temporary))
-        _sync(temporary)
-        os.replace(temporary, path)
-    barrier()
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a model's weights, all keys and shapes equal. Raises UserError where the file is missing or of another model."""
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise UserError(f"there are no weights at {path}", "Run the stage that writes them first.")
-    try:
-        model.load_state_dict(load_file(str(path)), strict=True)
-    except RuntimeError as error:
-        raise UserError(f"{path} holds another model ({str(error).splitlines()[-1].strip()})", "Check the recipe it was made by.") from None

@@ -15,11 +15,11 @@ from jmt_dist.data.redivide import write_rest
 from jmt_dist.errors import UserError
 from jmt_dist.model.heads import AudioModel, VisualModel
 from jmt_dist.train import stop
-from jmt_dist.train.checkpoint import load_weights
 from jmt_dist.train.engine import autocast
 from jmt_dist.train.plan import FoldPlan, claim
 from jmt_dist.train.ranks import any_rank, barrier, from_first, rank, world
 from jmt_dist.train.stage import finished, write_json
+from jmt_dist.train.weights import load_weights
 
 SAMPLES = 256  # per tar: a job that is killed loses at most so many of each rank
 
@@ -115,6 +115,7 @@ def _write(plan: FoldPlan, loader: ClipLoader, tars: Tars, visual: nn.Module, au
         batch = next(batches, None)
         if batch is not None:
             tars.add(batch, *features_of(plan, batch, visual, audio))
+        plan.around.watch.beat(f"features, after {tars.samples} samples")
         plan.around.status(stage="features", epoch=0, step=min(tars.samples, steps), steps=steps, score=None)
         if any_rank(bool(stop.requested()), plan.device):
             tars.close()

@@ -12,7 +12,6 @@ from jmt_dist.config import STAGES, Recipe, Site
 from jmt_dist.errors import UserError
 from jmt_dist.track import names
 from jmt_dist.track.facts import record_start
-from jmt_dist.track.results import record_results
 from jmt_dist.track.spool import Spool
 from jmt_dist.track.tracker import Tracker, load_run
 from jmt_dist.train import ranks, stop
@@ -22,7 +21,9 @@ from jmt_dist.train.fuse import fusion_folder, fusion_stage, stored_features
 from jmt_dist.train.plan import FoldPlan, claim, open_parts
 from jmt_dist.train.report import Status, now
 from jmt_dist.train.score import TARGETS, evaluate
-from jmt_dist.train.stage import Stage, Surroundings, finished, train
+from jmt_dist.train.stage import Stage, Surroundings, done, finished, train
+from jmt_dist.train.trouble import damage, explain
+from jmt_dist.train.watch import Watch
 
 
 def run_fold(recipe: Recipe, site: Site, fold: str, out: Path) -> None:
@@ -39,21 +40,39 @@ def run_fold(recipe: Recipe, site: Site, fold: str, out: Path) -> None:
     status = Status(folder, fold)
     status.set(state="running", start=now(), reason="")
     spool = folder / "spool" if ranks.rank() == 0 else None  # a spool without a folder drops what it is given
-    with Tracker(spool, *(load_run(spool) if spool else ("", "")), site.system_seconds) as tracker:
-        manifest, parts = open_parts(recipe, site, fold)
-        hashes = {"manifest": parts["train"].manifest_hash, **{f"fold.{part}": shards.index_hash for part, shards in parts.items()}}
-        record_start(tracker.spool, Path(out), recipe.model_dump(mode="json"), hashes)
-        around = Surroundings(recipe.engine, device, tracker.spool.metrics, status.progress, recipe.profile)
-        plan = FoldPlan(recipe, site, fold, folder, device, manifest, parts, around)
+    watch = Watch(site.hang_seconds, folder, status.failed)
+    with Tracker(spool, *(load_run(spool) if spool else ("", "")), site.system_seconds) as tracker, watch:
         try:
+            manifest, parts = open_parts(recipe, site, fold)
+            hashes = {"manifest": parts["train"].manifest_hash, **{f"fold.{part}": shards.index_hash for part, shards in parts.items()}}
+            record_start(tracker.spool, Path(out), recipe.model_dump(mode="json"), hashes)
+            around = Surroundings(recipe.engine, device, tracker.spool.metrics, status.progress, recipe.profile, watch)
+            plan = FoldPlan(recipe, site, fold, folder, device, manifest, parts, around)
+            watch.damage = lambda: damage(plan)
             for name in STAGES:
                 if name in recipe.stages:
-                    _between(plan)
-                    _STAGES[name](plan, tracker.spool)
+                    _run_stage(name, plan, tracker.spool)
         except stop.Stopped as reason:
             status.set(state="stopped", reason=str(reason))
             raise
+        except Exception as error:
+            settled = watch.settle(error)
+            if settled is error:
+                raise
+            raise settled from error
         status.set(state="done")
+
+
+def _run_stage(name: str, plan: FoldPlan, spool: Spool) -> None:
+    plan.around.watch.beat(f"{name}, before its first batch")
+    try:
+        _between(plan)
+        _STAGES[name](plan, spool)
+    except Exception as error:
+        explained = explain(error, plan, name)
+        if explained is error:
+            raise
+        raise explained from error
 
 
 def _between(plan: FoldPlan) -> None:
@@ -63,7 +82,7 @@ def _between(plan: FoldPlan) -> None:
 
 
 def _train(plan: FoldPlan, name: str, folder: Path, key: str, make: Callable[[], Stage]) -> None:
-    if finished(folder, key) is not None:
+    if ranks.from_first(done(folder, key) is not None if ranks.rank() == 0 else None):
         if ranks.rank() == 0:
             print(f"{plan.fold} {name}: already done", flush=True)
         return
@@ -99,11 +118,12 @@ def _fusion(plan: FoldPlan, spool: Spool) -> None:
 
 def _evaluate(plan: FoldPlan, spool: Spool) -> None:
     plan.around.status(stage="evaluate", epoch=0, step=0, steps=1, score=None)
-    metrics = evaluate(plan)
+    with plan.around.watch.paused():
+        metrics = evaluate(plan)
     if metrics:
         plan.around.status(stage="evaluate", epoch=0, step=1, steps=1, score=metrics["average"])
         spool.metrics(_results(metrics), 0)
-        record_results(spool, plan.folder)
+        spool.artifact(plan.folder / "metrics.json")
 
 
 def _results(metrics: Mapping[str, Any]) -> dict[str, float]:

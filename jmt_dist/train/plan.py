@@ -15,7 +15,7 @@ from torch import nn
 
 from jmt_dist.config import AudioOptions, FusionModel, Recipe, Site, VisualOptions
 from jmt_dist.data.pipeline import derive_seed
-from jmt_dist.data.shards import Manifest, ShardSet, fold_shards, open_shards
+from jmt_dist.data.shards import MANIFEST, Manifest, ShardSet, fold_shards, open_shards
 from jmt_dist.errors import UserError
 from jmt_dist.model.weights import digest
 from jmt_dist.train.ranks import barrier, from_first, rank
@@ -106,7 +106,7 @@ def _stage_in(shards: ShardSet, site: Site) -> ShardSet:
     target = Path(os.path.expandvars(site.staging)) / shards.manifest_hash[:16]
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         target.mkdir(parents=True, exist_ok=True)
-        for tar in shards.tars:
+        for tar in (*shards.tars, shards.tars[0].parent / MANIFEST):
             copy = target / tar.name
             if not copy.is_file() or copy.stat().st_size != tar.stat().st_size:
                 part = copy.with_suffix(f".{os.getpid()}.tmp")  # several jobs may stage on one node at once

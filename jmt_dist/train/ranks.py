@@ -67,6 +67,15 @@ def from_first(value: Any) -> Any:
     return box[0]
 
 
+def first_word(own: str) -> str:
+    """The text of the first rank that has one, on every rank; empty where none has. Collective."""
+    if world() == 1:
+        return own
+    texts: list[Any] = [""] * world()
+    dist.all_gather_object(texts, own)
+    return next((text for text in texts if text), "")
+
+
 def choose_device(name: str) -> torch.device:
     """The device of this rank: `auto`, `cpu` or `cuda`."""
     if name == "cuda" and not torch.cuda.is_available():

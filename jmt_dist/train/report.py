@@ -39,6 +39,13 @@ class Status:
         write_json(self.path, {**known, "fold": self.fold, **changes, "update": now()})
         self._written = time.monotonic()
 
+    def failed(self, reason: str, again: bool) -> None:
+        """Note why this rank ends itself, where whoever outlives the ranks looks for it (cluster.attempts), and what people see."""
+        errors = self.path.parent / "errors"
+        errors.mkdir(exist_ok=True)
+        write_json(errors / f"{rank()}.json", {"time": time.time(), "reason": reason, "again": again})
+        self.set(state="failed", reason=reason)
+
     def progress(self, **values: Any) -> None:
         """Stage, epoch, step, steps, best score and hours left: written at most once a second, printed every ten."""
         if rank() != 0:

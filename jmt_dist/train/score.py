@@ -15,12 +15,12 @@ from jmt_dist.evaluate.metric import Scores, scores
 from jmt_dist.evaluate.predict import UnitRows, dense, write_predictions
 from jmt_dist.evaluate.smooth import Filter, smooth
 from jmt_dist.model.zoo import make_fusion
-from jmt_dist.train.checkpoint import load_weights
 from jmt_dist.train.engine import autocast
 from jmt_dist.train.fuse import fusion_folder, predict_all, stored_features
 from jmt_dist.train.plan import FoldPlan, claim, make_key
 from jmt_dist.train.ranks import barrier, rank
 from jmt_dist.train.stage import finished, write_json
+from jmt_dist.train.weights import load_weights
 
 TARGETS = ("valence", "arousal", "average")
 Rows = dict[str, NDArray[np.float32]]

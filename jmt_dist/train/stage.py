@@ -2,115 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from dataclasses import asdict
+from itertools import islice
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from jmt_dist.config import EngineOptions, TrainOptions
 from jmt_dist.data.pipeline import derive_seed
 from jmt_dist.errors import UserError
 from jmt_dist.model.batchnorm import average_buffers
 from jmt_dist.track import names
 from jmt_dist.train import stop
-from jmt_dist.train.ccc import ccc_loss, ccc_over_ranks, moments
-from jmt_dist.train.checkpoint import Checkpoints, save_weights
+from jmt_dist.train.ccc import Loss, ccc_over_ranks
+from jmt_dist.train.checkpoint import Checkpoints
 from jmt_dist.train.engine import make_engine
 from jmt_dist.train.forecast import Forecast
 from jmt_dist.train.meter import EVERY, Meter, Pace
-from jmt_dist.train.ranks import any_rank, barrier, rank, world
+from jmt_dist.train.ranks import any_rank, barrier, first_word, rank, world
+from jmt_dist.train.results import done, finished, write_json
+from jmt_dist.train.step import take_step
+from jmt_dist.train.task import Batch, Loader, Progress, Stage, Surroundings
 from jmt_dist.train.trace import Trace
-
-Batch = dict[str, Tensor]
-
-
-class Loader(Protocol):
-    """Training batches of one rank; every rank makes the same number of steps."""
-
-    steps: int
-
-    def batches(self, epoch: int, done: int) -> Iterator[Batch]:
-        """The steps of an epoch after the first `done`."""
-
-    def state(self) -> dict[str, Any]:
-        """The position after the batch last returned."""
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a position."""
-
-    def redivide(self, states: Sequence[dict[str, Any]]) -> None:
-        """Continue from where a job of another number of ranks stopped, given the states of all its ranks."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What one stage trains.
-
-    `predict(model, batch, generator)` gives prediction and target [..., 2] of a training batch (`generator` seeds what it draws);
-    `validate(model, batch)` the same for a batch of `validation()`. `key` names everything the result depends on.
-    """
-
-    name: str
-    folder: Path
-    key: str
-    model: nn.Module
-    options: TrainOptions
-    micro_batch: int
-    loader: Loader
-    predict: Callable[[nn.Module, Batch, torch.Generator], tuple[Tensor, Tensor]]
-    validation: Callable[[], Iterable[Batch]]
-    validate: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
-    seed: int
-
-
-@dataclass
-class Progress:
-    """Where the loop is; saved with each checkpoint."""
-
-    epoch: int = 0
-    step: int = 0  # optimiser steps in all
-    done: int = 0  # batches of the current epoch already used
-    best: float = -math.inf
-    best_step: int = 0
-    stale: int = 0  # epochs since the best score
-    finished: bool = False
-    unlabelled: int = 0  # steps that had fewer than two labels
-    loss_sum: float = 0.0  # of the current epoch, for the curve
-    loss_steps: int = 0
-    scores: list[list[float]] = field(default_factory=list)  # [step, valence, arousal] per epoch
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """What a stage needs of its job: the engine's options, the device, and where to report to."""
-
-    engine: EngineOptions
-    device: torch.device
-    log: Callable[[dict[str, float], int], None]  # metrics at a step
-    status: Callable[..., None]  # stage, epoch, step, steps, score for people who watch; hours left where they are known
-    profile: bool = False  # write a trace of a few steps of each stage
-
-
-def finished(folder: Path, key: str) -> dict[str, Any] | None:
-    """The result of a stage that is done with this key, else None."""
-    try:
-        result: dict[str, Any] = json.loads((folder / "done.json").read_text())
-    except (OSError, json.JSONDecodeError):
-        return None
-    return result if result.get("key") == key else None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a small JSON file under its final name by one rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    os.replace(temporary, path)
+from jmt_dist.train.validation import validation_moments
+from jmt_dist.train.weights import BEST, full_weights, write_weights
 
 
 class Trainer:
@@ -144,6 +60,7 @@ class Trainer:
         self.meter = Meter(stage.name, around.device)
         self.pace: Pace | None = None  # as last measured
         self.trace = Trace(stage.folder, around.profile)
+        self._best: dict[str, Tensor] = {}  # weights that are still to be written, on rank 0
 
     def run(self) -> dict[str, Any]:
         """Train, and return the result that `done.json` holds: key, score, epochs, steps."""
@@ -152,23 +69,44 @@ class Trainer:
             self._epoch()
             self._validate()
             self._save()
-        result = {
+        self._write_result()
+        barrier()
+        self.engine.destroy()
+        return self._result()
+
+    def _result(self) -> dict[str, Any]:
+        return {
             "key": self.stage.key,
             "score": self.progress.best,
             "best_step": self.progress.best_step,
+            "weights": self.progress.weights,
             "epochs": self.progress.epoch,
             "steps": self.progress.step,
             "unlabelled_steps": self.progress.unlabelled,
             "scores": self.progress.scores,
         }
-        if rank() == 0:
-            write_json(self.stage.folder / "done.json", result)
-        barrier()
-        self.engine.destroy()
-        return result
+
+    def _write_result(self) -> None:
+        problem = self._write_best()
+        if rank() == 0 and not problem:
+            try:
+                write_json(self.stage.folder / "done.json", self._result())
+            except OSError as error:
+                problem = str(error)
+        problem = first_word(problem)
+        if problem:
+            raise UserError(
+                f"the result of {self.stage.name} cannot be written to {self.stage.folder} ({problem})",
+                "Make room there; the same command goes on from the last checkpoint.",
+            )
 
     def _resume(self) -> None:
         saved = self.checkpoints.load(self.engine)
+        if saved is None and any_rank(rank() == 0 and (self.stage.folder / "done.json").exists(), self.around.device):
+            raise UserError(
+                f"{self.stage.folder} holds a result that is damaged, and no checkpoint to make it from again",
+                "Move the folder away to train this stage from its beginning.",
+            )
         if saved is not None:
             self.progress = Progress(**saved.progress)
             if saved.same_world:
@@ -182,37 +120,38 @@ class Trainer:
 
     def _epoch(self) -> None:
         self.engine.train()
-        progress = self.progress
+        progress, size = self.progress, self.options.accumulation
         batches = self.meter.waiting(self.stage.loader.batches(progress.epoch, progress.done))
-        for index, batch in enumerate(batches, progress.done + 1):
-            self._say_needs(batch)
-            boundary = self._micro_step(batch)
-            progress.done = index
-            if not boundary:
-                continue
+        while progress.done // size < self.steps_per_epoch:
+            self._beat("waiting for a batch")
+            taken = list(islice(batches, size))
+            self._say_needs(taken[0])
+            self._beat("in the step")
+            self._step(taken)
+            progress.done += size
             progress.step += 1
             self.trace.step()
             self._report()
             if progress.step >= self.total:
                 break
             self._act_on_requests()
-            if index // self.options.accumulation >= self.steps_per_epoch:
-                break
         progress.done = 0
         progress.epoch += 1
 
-    def _micro_step(self, batch: Batch) -> bool:
-        """Forward, backward and, at the end of an accumulation, the optimiser step; True then."""
-        draw = torch.Generator().manual_seed(derive_seed("draw", self.stage.seed, self.progress.epoch, self.progress.done))
-        prediction, target = self.stage.predict(self.engine, batch, draw)
-        loss = ccc_loss(prediction, target)
-        self.meter.add(loss, self.progress.step + 1, batch["id"])
-        if not self.meter.deferred:
-            self._read()
-        self.engine.backward(loss.value)
-        boundary = bool(self.engine.is_gradient_accumulation_boundary())
-        self.engine.step()
-        return boundary
+    def _step(self, batches: list[Batch]) -> None:
+        """One optimiser step over the micro-batches of an accumulation."""
+        stage, progress = self.stage, self.progress
+
+        def predict(k: int, batch: Batch) -> tuple[Tensor, Tensor]:
+            draw = torch.Generator().manual_seed(derive_seed("draw", stage.seed, progress.epoch, progress.done + k))
+            return stage.predict(self.engine, batch, draw)
+
+        def seen(loss: Loss, ids: Tensor) -> None:
+            self.meter.add(loss, progress.step + 1, ids)
+            if not self.meter.deferred:
+                self._read()
+
+        take_step(self.engine, batches, predict, self.options.accumulated_loss, seen)
 
     def _read(self) -> None:
         """Take the losses of the steps since the last reading; a loss that is no number ends the training here."""
@@ -227,6 +166,10 @@ class Trainer:
             need = self.forecast.need(self.stage.predict, batch, self.around.device)
             print(f"{self.stage.name}: {need.line(self.stage.micro_batch, self.total)}", flush=True)
             self.forecast = None
+
+    def _beat(self, doing: str) -> None:
+        progress = self.progress
+        self.around.watch.beat(f"{self.stage.name}, epoch {progress.epoch}, step {progress.step + 1}, {doing}")
 
     def _report(self) -> None:
         progress = self.progress
@@ -271,10 +214,9 @@ class Trainer:
         )
 
     def _act_on_requests(self) -> None:
-        wanted = stop.requested()
-        if any_rank(bool(wanted), self.around.device):
+        if any_rank(bool(stop.requested()), self.around.device):
             self._save()
-            raise stop.Stopped(wanted or "another rank was asked to stop")
+            raise stop.Stopped(stop.requested() or "another rank was asked to stop")
         if self.options.save_steps and self.progress.step % self.options.save_steps == 0:
             self._save()
 
@@ -282,28 +224,52 @@ class Trainer:
     def _validate(self) -> None:
         self._read()
         self.engine.eval()
+        self._beat("before validation")
         average_buffers(self.engine.module)  # ranks must score, and save, one and the same model
-        sums = torch.zeros(2, 6, dtype=torch.float64, device=self.around.device)
-        for batch in self.stage.validation():
-            prediction, target = self.stage.validate(self.engine, batch)
-            sums += moments(prediction, target)
+        beat = lambda: self._beat("in validation")  # noqa: E731
+        sums = validation_moments(self.engine, self.stage.validation(), self.stage.validate, beat)
         valence, arousal = (float(value) for value in ccc_over_ranks(sums))
         score, progress = (valence + arousal) / 2, self.progress
+        if not math.isfinite(score):
+            raise UserError(
+                f"{self.stage.name}: the validation score after step {progress.step} is {score}",
+                "Lower the learning rate or use engine.precision=fp32; the last checkpoint is untouched.",
+            )
         progress.scores.append([progress.step, valence, arousal])
         self._log({**names.ccc("val", (valence, arousal, score)), names.BEST: max(score, progress.best)})
         progress.loss_sum, progress.loss_steps = 0.0, 0
         if score > progress.best:
             progress.best, progress.best_step, progress.stale = score, progress.step, 0
-            save_weights(self.engine, self.stage.folder / "best.safetensors")
+            self._best = full_weights(self.engine)
         else:
             progress.stale += 1
         out_of_time = progress.step >= self.total or progress.epoch >= self.options.max_epochs
         progress.finished = out_of_time or progress.stale >= self.options.patience
         self._status()
 
+    def _write_best(self) -> str:
+        """Write the best weights where they are not written yet; why they cannot be, on rank 0, or an empty string."""
+        if not self._best:
+            return ""
+        try:
+            self.progress.weights = write_weights(self._best, self.stage.folder / BEST)
+        except OSError as error:
+            return str(error)
+        self._best = {}
+        return ""
+
     def _save(self) -> None:
         self._read()  # nothing is saved after a loss that was no number
-        self.checkpoints.save(self.engine, self.progress.step, asdict(self.progress), self.stage.loader.state())
+        with self.around.watch.paused():
+            problem = first_word(self._write_best())
+            if problem:  # a checkpoint counts on the weights it calls the best: not without them
+                if rank() == 0:
+                    print(
+                        f"{self.stage.name}: the best weights could not be written ({problem}); training goes on and tries again",
+                        flush=True,
+                    )
+                return
+            self.checkpoints.save(self.engine, self.progress.step, asdict(self.progress), self.stage.loader.state())
 
 
 def _time(seconds: float) -> str:
@@ -312,7 +278,7 @@ def _time(seconds: float) -> str:
 
 def train(stage: Stage, around: Surroundings) -> dict[str, Any]:
     """Train a stage, or return its result where it is already done with the same key."""
-    result = finished(stage.folder, stage.key)
+    result = done(stage.folder, stage.key)
     if result is not None:
         return result
     trainer = Trainer(stage, around)
@@ -322,4 +288,4 @@ def train(stage: Stage, around: Surroundings) -> dict[str, Any]:
         trainer.trace.close()
 
 
-__all__ = ["Loader", "Progress", "Stage", "Surroundings", "Trainer", "finished", "train", "world", "write_json"]
+__all__ = ["Loader", "Progress", "Stage", "Surroundings", "Trainer", "done", "finished", "train", "world", "write_json"]
