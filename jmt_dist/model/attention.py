@@ -10,20 +10,18 @@ One module serves both. "Rows" are the positions of the output, "columns" the po
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from jmt_dist.config import JmtOptions
 
 WIDTH = 512  # of every feature vector (paper, section 4.2)
 LENGTH = 8  # clips of a subsequence: rows of a learned positional table
-
-LOW, HIGH = 0.05, 0.95  # a weight outside is saturated: a sigmoid's slope there is less than a fifth of its largest
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,75 @@ class AttentionStyle:
     def of(cls, options: JmtOptions) -> AttentionStyle:
         """The style that a recipe's JMT asks for."""
         return cls(options.score, options.rows, options.scale, options.bias)
+
+
+Observer = Callable[[Tensor, Tensor | None, str], None]  # weights [N, heads, rows, columns], mask, name of the attention
+
+
+def attend(
+    style: AttentionStyle,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    heads: int = 1,
+    observe: Callable[[Tensor, Tensor | None], None] | None = None,
+) -> Tensor:
+    """Weights · V for projected query [N, L, d], key [N, S, d], value [N, S, d], mask [N, S] (True = valid) or None.
+
+    Returns [N, L, d], or [N, S, d] where rows are keys, which needs L = S (ValueError otherwise): the summed axis is then
+    that of the queries and of V at once. A sample without a valid position gets 0. A softmax runs as torch's
+    scaled_dot_product_attention, which never holds the weights; they are computed apart where `observe` wants them.
+    """
+    if style.rows == "key" and query.shape[1] != key.shape[1]:
+        raise ValueError(
+            f"rows=key sums over queries and values together and needs equal lengths, not {query.shape[1]} and "
+            f"{key.shape[1]}; use rows=query"
+        )
+    query, key, value = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))  # [N, heads, L, d / heads]
+    rows, columns = (key, query) if style.rows == "key" else (query, key)
+    if style.score == "softmax":
+        if observe is not None:
+            observe(attention_weights(style, rows, columns, mask).detach(), mask)
+        result = _softmax_attention(style, rows, columns, value, mask)
+    else:
+        weights = attention_weights(style, rows, columns, mask)
+        if observe is not None:
+            observe(weights.detach(), mask)
+        result = weights @ value
+    return result.transpose(1, 2).flatten(2)
+
+
+def _softmax_attention(style: AttentionStyle, rows: Tensor, columns: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    # the bias by length is the same for all of a row and cancels
+    scale = None if style.scale == "sqrt" else 1.0  # None: torch's 1 / √d
+    if mask is None:
+        return F.scaled_dot_product_attention(rows, columns, value, scale=scale)
+    some = mask.any(-1, keepdim=True)
+    # where nothing is valid, all is allowed and the result then dropped: a softmax over nothing is NaN
+    result = F.scaled_dot_product_attention(rows, columns, value, (mask | ~some)[:, None, None, :], scale=scale)
+    return result.masked_fill(~some[:, None, None], 0)
+
+
+def attention_weights(style: AttentionStyle, rows: Tensor, columns: Tensor, mask: Tensor | None = None) -> Tensor:
+    """rows [N, heads, L, d], columns [N, heads, S, d], mask [N, S] or None → weights [N, heads, L, S], 0 at masked columns."""
+    scores = rows @ columns.transpose(-1, -2)
+    if style.scale == "sqrt":
+        scores = scores / math.sqrt(rows.shape[-1])
+    if style.bias == "log_length":
+        if mask is None:
+            scores = scores - math.log(scores.shape[-1])
+        else:
+            scores = scores - mask.sum(-1).clamp(min=1).to(scores.dtype).log()[:, None, None, None]
+    if style.score == "sigmoid":
+        weights = scores.sigmoid()
+    else:
+        if mask is not None:
+            # finite, not -inf: a row without a valid column must become 0 below and not NaN
+            scores = scores.masked_fill(~mask[:, None, None, :], torch.finfo(scores.dtype).min)
+        weights = scores.softmax(-1)
+    return weights if mask is None else weights.masked_fill(~mask[:, None, None, :], 0)
 
 
 class Attention(nn.Module):
@@ -58,48 +125,20 @@ class Attention(nn.Module):
         self.key = nn.Linear(width, width, bias=style.rows == "key")
         self.value = nn.Linear(width, width, bias=False)
         self.out = nn.Linear(width, width)
-        self.observer: Callable[[Tensor, Tensor | None], None] | None = None
+        self.observer: Observer | None = None
         for layer in (self.query, self.key, self.value, self.out):
             initialise(layer)
 
     def forward(self, x: Tensor, source: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attend from x [B, L, width] to source [B, S, width]; mask [B, S] bool, True = valid, acts on the summed axis.
 
-        Returns [B, L, width], or [B, S, width] where rows are keys, which needs L = S (ValueError otherwise): the
-        summed axis is then that of the queries and of V at once. A sample without a valid position gets the output
-        projection's bias.
+        Returns [B, L, width], or [B, S, width] where rows are keys (see `attend`). A sample without a valid position
+        gets the output projection's bias.
         """
-        if self.style.rows == "key" and x.shape[1] != source.shape[1]:
-            raise ValueError(
-                f"rows=key sums over queries and values together and needs equal lengths, not {x.shape[1]} and "
-                f"{source.shape[1]}; use rows=query"
-            )
-        query, key, value = self._split(self.query(x)), self._split(self.key(source)), self._split(self.value(source))
-        rows, columns = (key, query) if self.style.rows == "key" else (query, key)
-        weights = self._weights(rows @ columns.transpose(-1, -2), mask)
-        if self.observer is not None:
-            self.observer(weights.detach(), mask)
-        return cast(Tensor, self.out((weights @ value).transpose(1, 2).flatten(2)))
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, L, width / heads]
-
-    def _weights(self, scores: Tensor, mask: Tensor | None) -> Tensor:
-        if self.style.scale == "sqrt":
-            scores = scores / math.sqrt(self.query.out_features // self.heads)
-        if self.style.bias == "log_length":
-            if mask is None:
-                scores = scores - math.log(scores.shape[-1])
-            else:
-                scores = scores - mask.sum(-1).clamp(min=1).to(scores.dtype).log()[:, None, None, None]
-        if self.style.score == "sigmoid":
-            weights = scores.sigmoid()
-        else:
-            if mask is not None:
-                # finite, not -inf: a row without a valid column must become 0 below and not NaN
-                scores = scores.masked_fill(~mask[:, None, None, :], torch.finfo(scores.dtype).min)
-            weights = scores.softmax(-1)
-        return weights if mask is None else weights.masked_fill(~mask[:, None, None, :], 0)
+        watcher = self.observer
+        observe = None if watcher is None else lambda weights, mask: watcher(weights, mask, "")
+        query, key, value = self.query(x), self.key(source), self.value(source)
+        return cast(Tensor, self.out(attend(self.style, query, key, value, mask, heads=self.heads, observe=observe)))
 
 
 class EncoderLayer(nn.Module):
@@ -182,54 +221,3 @@ def initialise(layer: nn.Linear) -> None:
     nn.init.xavier_uniform_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
-
-
-@dataclass
-class Saturation:
-    """What `watch_saturation` counted, per attention module: saturated weights, all weights (tensors, unsynchronised)."""
-
-    counts: dict[str, list[Tensor]] = field(default_factory=dict)
-
-    @property
-    def shares(self) -> dict[str, float]:
-        """Share of saturated weights of each attention module that ran."""
-        return {name: float(counts[0] / counts[1].clamp(min=1)) for name, counts in self.counts.items()}
-
-    @property
-    def share(self) -> float:
-        """Share of saturated weights over all modules; 0.0 where none ran."""
-        total = [torch.stack([counts[i] for counts in self.counts.values()]).sum() for i in (0, 1)] if self.counts else []
-        return float(total[0] / total[1].clamp(min=1)) if total else 0.0
-
-
-@contextmanager
-def watch_saturation(model: nn.Module) -> Iterator[Saturation]:
-    """Count attention weights below 0.05 or above 0.95 in every `Attention` of a model while the block runs.
-
-    Masked columns and, where x and s have one length and so one mask, masked rows do not count.
-    """
-    result = Saturation()
-
-    def observe(name: str) -> Callable[[Tensor, Tensor | None], None]:
-        def observer(weights: Tensor, mask: Tensor | None) -> None:
-            valid = torch.ones_like(weights, dtype=torch.bool)
-            if mask is not None:
-                valid = valid & mask[:, None, None, :]
-                if weights.shape[-1] == weights.shape[-2]:
-                    valid = valid & mask[:, None, :, None]
-            saturated = ((weights < LOW) | (weights > HIGH)) & valid
-            old = result.counts.get(name)
-            new = [saturated.sum(), valid.sum()]
-            result.counts[name] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
-
-        return observer
-
-    modules = {name: module for name, module in model.named_modules() if isinstance(module, Attention)}
-    before = {name: module.observer for name, module in modules.items()}
-    for name, module in modules.items():
-        module.observer = observe(name)
-    try:
-        yield result
-    finally:
-        for name, module in modules.items():
-            module.observer = before[name]

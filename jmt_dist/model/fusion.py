@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from jmt_dist.config import JmtOptions
 from jmt_dist.errors import UserError
 from jmt_dist.model.attention import WIDTH, Attention, AttentionStyle, Encoder, EncoderLayer
+from jmt_dist.model.cross import CrossAttentions
 from jmt_dist.model.heads import FusionHead, TargetMlps, linear
 
 
@@ -48,7 +49,7 @@ def prepare(model: nn.Module, features: Tensor, mask: Tensor | None) -> tuple[Te
 
 # (x, s) of each cross-attention A(x ← s). Audio attending to the joint stream comes last: the self-attention head
 # reads the last token, and in the authors' public code that is this one.
-PAIRS = (("visual", "audio"), ("audio", "visual"), ("joint", "visual"), ("visual", "joint"), ("joint", "audio"), ("audio", "joint"))
+PAIRS = (("visual", "audio"), ("visual", "joint"), ("joint", "visual"), ("joint", "audio"), ("audio", "visual"), ("audio", "joint"))
 
 
 class JMT(FusionModel):
@@ -83,15 +84,12 @@ class JMT(FusionModel):
                 for stream in streams
             }
         )
-        self.cross = nn.ModuleDict({self._name(x, s): Attention(style, heads=options.heads) for x, s in self.pairs})
+        self.cross = CrossAttentions(style, self.pairs, shared=options.cross == "shared", heads=options.heads)
         self.head: nn.Module
         if options.head == "concat":
             self.head = ConcatHead(len(self.pairs), options)
         else:
             self.head = SelfAttentionHead(style, options)
-
-    def _name(self, x: str, s: str) -> str:
-        return x if self.options.cross == "shared" else f"{x}_from_{s}"
 
     def fuse(self, audio: Tensor, visual: Tensor, mask: Tensor | None) -> Tensor:
         """[B, L, 512] × 2 → [B, L, 2]."""
@@ -101,8 +99,7 @@ class JMT(FusionModel):
         if self.reduce is not None:
             streams["joint"] = self.reduce(torch.cat((audio, visual), -1))
         encoded = {name: self.encoders[name](stream, mask) for name, stream in streams.items()}
-        crossed = [self.cross[self._name(x, s)](encoded[x], encoded[s], mask) for x, s in self.pairs]
-        return cast(Tensor, self.head(torch.stack(crossed, 2)))
+        return cast(Tensor, self.head(self.cross(encoded, mask).permute(1, 2, 0, 3)))
 
 
 class ConcatHead(nn.Module):

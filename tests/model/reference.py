@@ -74,9 +74,8 @@ def jmt(p: Parameters, options: JmtOptions, audio: np.ndarray, visual: np.ndarra
         for layer in range(options.layers):
             streams[key] = encoder_layer(p, f"encoders.{names[key]}.layers.{layer}", options, streams[key], valid)
     crossed = []
-    for x, s in ("va", "av", "jv", "vj", "ja", "aj") if options.joint else ("va", "av"):
-        module = names[x] if options.cross == "shared" else f"{names[x]}_from_{names[s]}"
-        crossed.append(attention(p, f"cross.{module}", options, streams[x], streams[s], valid))
+    for x, s in ("va", "vj", "jv", "ja", "av", "aj") if options.joint else ("va", "av"):
+        crossed.append(attention(p, f"cross.{names[x]}_from_{names[s]}", options, streams[x], streams[s], valid))
     if options.head == "concat":
         return targets(p, "head.regress.targets", relu(linear(p, "head.regress.joint.0", np.concatenate(crossed, -1))))
     rows = []

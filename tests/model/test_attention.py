@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from jmt_dist.config import JmtOptions
-from jmt_dist.model.attention import Attention, AttentionStyle, EncoderLayer, Positions, watch_saturation
+from jmt_dist.model.attention import Attention, AttentionStyle, EncoderLayer, Positions
 from jmt_dist.model.fusion import JMT
+from jmt_dist.model.saturation import watch_saturation
 
 PAPER = AttentionStyle.of(JmtOptions())
 
@@ -83,7 +84,7 @@ def test_log_length_makes_sigmoid_weights_of_equal_scores_sum_to_about_one() -> 
     attention = Attention(AttentionStyle("sigmoid", "query", "none", "log_length"), 16).double()
     nn.init.zeros_(attention.key.weight)  # all scores 0
     seen: list[torch.Tensor] = []
-    attention.observer = lambda weights, mask: seen.append(weights)
+    attention.observer = lambda weights, mask, part: seen.append(weights)
     x = features(2, 8, 16)
     mask = torch.arange(8)[None] < torch.tensor([[8], [3]])
     attention(x, x, mask)

@@ -8,6 +8,8 @@ import torch
 
 from jmt_dist.config import JmtOptions
 from jmt_dist.errors import UserError
+from jmt_dist.model.attention import AttentionStyle
+from jmt_dist.model.cross import CrossAttentions
 from jmt_dist.model.fusion import JMT
 from tests.model import reference
 
@@ -20,15 +22,19 @@ PRESETS = {
 }
 
 
-def arrays(model: torch.nn.Module) -> reference.Parameters:
-    return {name: value.detach().numpy() for name, value in model.state_dict().items()}
+def arrays(model: JMT) -> reference.Parameters:
+    """The model's parameters, those of each cross-attention under `cross.<x>_from_<s>`."""
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith("cross.")}
+    for x, s in model.pairs:
+        state |= {f"cross.{x}_from_{s}.{name}": value for name, value in model.cross.single(x, s).state_dict().items()}
+    return {name: value.detach().numpy() for name, value in state.items()}
 
 
-def perturbed(model: torch.nn.Module) -> torch.nn.Module:
+def perturbed(model: JMT) -> JMT:
     """Biases and norms away from 0 and 1, so that a forgotten one shows."""
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.05 * torch.randn_like(parameter) if parameter.ndim == 1 else 0
+        for name, parameter in model.named_parameters():
+            parameter += 0.05 * torch.randn_like(parameter) if parameter.ndim == 1 or "bias" in name else 0
     return model
 
 
@@ -78,10 +84,36 @@ def test_parameter_counts() -> None:
     assert wanted["paper"] == 14_962_690
 
 
-def test_shared_cross_attention_is_shared_by_the_query_modality() -> None:
-    model = JMT(JmtOptions(cross="shared"))
-    assert set(model.cross) == {"audio", "visual", "joint"}
-    assert set(JMT().cross) == {f"{x}_from_{s}" for x in ("audio", "visual", "joint") for s in ("audio", "visual", "joint") if x != s}
+def test_six_cross_attentions_of_their_own_or_three_shared_by_the_query_modality() -> None:
+    every = [(x, s) for x in ("audio", "visual", "joint") for s in ("audio", "visual", "joint") if x != s]
+    for cross, different in (("separate", 6), ("shared", 3)):
+        model = JMT(JmtOptions(cross=cross))  # type: ignore[arg-type]
+        assert sorted(model.pairs) == sorted(every)
+        queries = {(x, s): model.cross.single(x, s).state_dict() for x, s in every}
+        for name in ("query.weight", "key.weight", "value.weight", "out.weight"):
+            assert len({tuple(state[name][0, :4].tolist()) for state in queries.values()}) == different, (cross, name)
+        if cross == "shared":
+            assert all(torch.equal(queries[x, s]["key.weight"], queries[x, t]["key.weight"]) for x, s in every for y, t in every if x == y)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_batched_cross_attentions_equal_one_after_the_other(name: str, masked: bool) -> None:
+    torch.manual_seed(6)
+    model = perturbed(JMT(PRESETS[name]))
+    streams = {stream: torch.randn(3, 8, 512) for stream in model.encoders}
+    mask = torch.rand(3, 8) > 0.3 if masked else None
+    with torch.no_grad():
+        found = model.cross(streams, mask)
+        wanted = torch.stack([model.cross.single(x, s)(streams[x], streams[s], mask) for x, s in model.pairs])
+    scale = float(wanted.abs().max())
+    assert (found - wanted).abs().max() < 1e-6 * max(1.0, scale)
+    assert len({float(one.abs().sum()) for one in wanted}) == len(model.pairs)  # so that a swapped pair would show
+
+
+def test_shared_pairs_in_the_wrong_order_are_refused() -> None:
+    with pytest.raises(ValueError, match="next to one another"):
+        CrossAttentions(AttentionStyle(), [("a", "b"), ("b", "a"), ("a", "c")], shared=True, width=8)
 
 
 def test_self_attention_head_reads_audio_from_joint() -> None:

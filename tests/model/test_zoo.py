@@ -9,6 +9,7 @@ from torch import nn
 
 from jmt_dist.config import FUSION_MODELS, FusionOptions, JmtOptions
 from jmt_dist.model.attention import Attention
+from jmt_dist.model.cross import CrossAttentions
 from jmt_dist.model.fusion import JMT
 from jmt_dist.model.zoo import make_fusion
 from jmt_dist.model.zoo_recurrent import run_recurrent
@@ -24,8 +25,8 @@ def build(name: str) -> nn.Module:
     options = FusionOptions(jmt=REFERENCE) if name == "jmt-reference" else FusionOptions(model=name)  # type: ignore[arg-type]
     model = make_fusion(options)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
+        for key, parameter in model.named_parameters():
+            if parameter.ndim == 1 or "bias" in key:
                 parameter += 0.1 * torch.randn_like(parameter)
     return model
 
@@ -203,4 +204,4 @@ def test_names_and_options() -> None:
     assert isinstance(make_fusion(FusionOptions(), "vanilla"), JMT)
     assert type(make_fusion(FusionOptions(), "tcn")) is type(build("tcn"))
     vanilla = build("vanilla")
-    assert {m.style.score for m in vanilla.modules() if isinstance(m, Attention)} == {"softmax"}
+    assert {m.style.score for m in vanilla.modules() if isinstance(m, Attention | CrossAttentions)} == {"softmax"}
