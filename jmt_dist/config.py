@@ -175,6 +175,15 @@ class FusionOptions(TrainOptions):
     ranks: Count = Field(0, description="ranks that train the fusion; surplus ranks wait; 0 = all that the batch allows")
 
 
+class FinetuningOptions(TrainOptions):
+    """Training of backbones and fusion as one network, from the parts that the frozen stages trained (finetune=true)."""
+
+    optimizer: OptimizerOptions = Field(OptimizerOptions(lr=1e-4), description="optimiser of all three parts")
+    batch: Positive = Field(2, description="subsequences per optimiser step, over all ranks and accumulation steps")
+    max_epochs: Positive = Field(5, description="passes over the training samples at most")
+    batchnorm: Literal["frozen", "local", "sync"] = Field("frozen", description="BatchNorm of the backbones (DESIGN section 8)")
+
+
 class EvaluateOptions(Options):
     """Dense prediction and scoring of a fold's validation units (DESIGN section 9)."""
 
@@ -203,6 +212,8 @@ class Recipe(Options):
     audio: AudioOptions = Field(AudioOptions(), description="audio stage")
     features: FeatureOptions = Field(FeatureOptions(), description="features stage")
     fusion: FusionOptions = Field(FusionOptions(), description="fusion stage")
+    finetune: bool = Field(False, description="after the fusion of each seed, train the whole pipeline end to end; evaluated beside it")
+    finetuning: FinetuningOptions = Field(FinetuningOptions(), description="end-to-end training where finetune=true")
     evaluate: EvaluateOptions = Field(EvaluateOptions(), description="evaluate stage")
 
     @model_validator(mode="after")

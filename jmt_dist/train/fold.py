@@ -17,6 +17,7 @@ from jmt_dist.track.tracker import Tracker, load_run
 from jmt_dist.train import ranks, stop
 from jmt_dist.train.backbone import audio_stage, visual_stage
 from jmt_dist.train.extract import extract
+from jmt_dist.train.finetune import finetune_folder, finetune_key, finetune_stage, finetuned_features
 from jmt_dist.train.fuse import fusion_folder, fusion_stage, stored_features
 from jmt_dist.train.plan import FoldPlan, claim, open_parts
 from jmt_dist.train.report import Status, now
@@ -114,6 +115,11 @@ def _fusion(plan: FoldPlan, spool: Spool) -> None:
             plan, f"fusion/{model}-seed{seed}", folder, key,
             lambda model=model, seed=seed: fusion_stage(plan, model, seed, train_set, validation_set),  # type: ignore[misc]
         )  # fmt: skip
+    for seed in plan.recipe.fusion.seeds if plan.recipe.finetune else []:
+        name, folder, key = f"finetune/{plan.recipe.fusion.model}-seed{seed}", finetune_folder(plan, seed), finetune_key(plan, seed)
+        _between(plan)
+        _train(plan, name, folder, key, lambda seed=seed: finetune_stage(plan, seed))  # type: ignore[misc]
+        finetuned_features(plan, seed)
 
 
 def _evaluate(plan: FoldPlan, spool: Spool) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from jmt_dist.data.features import FeatureSet
 from jmt_dist.data.geometry import end_frames
@@ -16,6 +17,7 @@ from jmt_dist.evaluate.predict import UnitRows, dense, write_predictions
 from jmt_dist.evaluate.smooth import Filter, smooth
 from jmt_dist.model.zoo import make_fusion
 from jmt_dist.train.engine import autocast
+from jmt_dist.train.finetune import finetune_key, finetuned, read_finetuned
 from jmt_dist.train.fuse import fusion_folder, predict_all, stored_features
 from jmt_dist.train.plan import FoldPlan, claim, make_key
 from jmt_dist.train.ranks import barrier, rank
@@ -29,7 +31,8 @@ Rows = dict[str, NDArray[np.float32]]
 def evaluate(plan: FoldPlan) -> dict[str, Any]:
     """Score the fold on its validation units; writes predictions and `<fold>/metrics.json`, and returns the metrics on rank 0."""
     folder = plan.folder / "evaluate"
-    key = make_key("evaluate", plan.recipe.evaluate.model_dump(), [plan.fusion_key(*pair) for pair in plan.fusions()])
+    tuned = [finetune_key(plan, seed) for seed in plan.recipe.fusion.seeds] if plan.recipe.finetune else []
+    key = make_key("evaluate", plan.recipe.evaluate.model_dump(), [plan.fusion_key(*pair) for pair in plan.fusions()], *tuned)
     done = finished(folder, key)
     if done is not None:
         return dict(done["metrics"])
@@ -68,29 +71,40 @@ def _evaluate(plan: FoldPlan) -> dict[str, Any]:
     runs: dict[str, list[Rows]] = {}
     seeds: dict[str, list[int]] = {}
     for model, seed in plan.fusions():
-        part = plan.folder / "evaluate" / f"{model}-seed{seed}"
-        predictions = _predict(plan, model, seed, validation, units)
-        write_predictions(part / "predictions.parquet", predictions, labels)
-        if test is not None:
-            write_predictions(part / "test.parquet", _predict(plan, model, seed, test, _units(plan, test)), {})
-        runs.setdefault(model, []).append(predictions)
+        net = make_fusion(plan.recipe.fusion.model_copy(update={"model": model}))
+        load_weights(net, fusion_folder(plan, model, seed) / "best.safetensors")
+        runs.setdefault(model, []).append(_predicted(plan, f"{model}-seed{seed}", net, validation, test, labels))
         seeds.setdefault(model, []).append(seed)
+    for seed in plan.recipe.fusion.seeds if plan.recipe.finetune else []:
+        name = f"{plan.recipe.fusion.model}-finetuned"
+        sets = [read_finetuned(plan, seed, part) if part in plan.parts else None for part in ("validation", "test")]
+        assert sets[0] is not None
+        found = _predicted(plan, f"{name}-seed{seed}", finetuned(plan, seed).fusion, sets[0], sets[1], labels)
+        runs.setdefault(name, []).append(found)
+        seeds.setdefault(name, []).append(seed)
     main = plan.recipe.fusion.model
     summary = _summary(plan, runs[main], seeds[main], labels, units, plan.recipe.evaluate.bootstrap)
     baselines = {m: _summary(plan, runs[m], seeds[m], labels, units, plan.recipe.evaluate.bootstrap) for m in runs if m != main}
     return {"fold": plan.fold, "model": main, **summary, "units": len(units), "baselines": baselines}
 
 
-def _predict(plan: FoldPlan, model: Any, seed: int, features: FeatureSet, units: list[UnitRows]) -> Rows:
-    """Dense predictions of one training, clipped to the scale of the labels."""
-    options = plan.recipe.fusion.model_copy(update={"model": model})
-    net = make_fusion(options)
-    load_weights(net, fusion_folder(plan, model, seed) / "best.safetensors")
+def _predicted(plan: FoldPlan, name: str, net: nn.Module, validation: FeatureSet, test: FeatureSet | None, labels: Rows) -> Rows:
+    """Write one training's predictions, and return those of the validation units."""
+    folder = plan.folder / "evaluate" / name
+    predictions = _predict(plan, net, validation)
+    write_predictions(folder / "predictions.parquet", predictions, labels)
+    if test is not None:
+        write_predictions(folder / "test.parquet", _predict(plan, net, test), {})
+    return predictions
+
+
+def _predict(plan: FoldPlan, net: nn.Module, features: FeatureSet) -> Rows:
+    """Dense predictions of a fusion model, clipped to the scale of the labels."""
     offsets = plan.recipe.evaluate.offsets
     chosen = features.select(offsets)
     with autocast(plan.recipe.engine.precision, plan.device):
         va = predict_all(net.to(plan.device), chosen, plan.device)
-    return {name: np.clip(rows, -1, 1) for name, rows in dense(va, chosen.ident, offsets, units).items()}
+    return {name: np.clip(rows, -1, 1) for name, rows in dense(va, chosen.ident, offsets, _units(plan, chosen)).items()}
 
 
 def _join(rows: Mapping[str, NDArray[Any]], units: list[UnitRows]) -> NDArray[Any]:
