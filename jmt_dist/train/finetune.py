@@ -18,7 +18,6 @@ from jmt_dist.data.pipeline import ClipLoader, clips
 from jmt_dist.errors import UserError
 from jmt_dist.model.batchnorm import prepare
 from jmt_dist.model.zoo import make_fusion
-from jmt_dist.train.checkpoint import load_weights
 from jmt_dist.train.division import micro_batch
 from jmt_dist.train.engine import input_type
 from jmt_dist.train.extract import trained_backbones, write_features
@@ -26,6 +25,7 @@ from jmt_dist.train.fuse import fusion_folder
 from jmt_dist.train.plan import FoldPlan, claim, make_key
 from jmt_dist.train.ranks import rank, world
 from jmt_dist.train.stage import Batch, Stage, finished
+from jmt_dist.train.weights import load_weights
 
 
 class EndToEnd(nn.Module):
