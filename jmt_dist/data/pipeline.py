@@ -17,6 +17,7 @@ from jmt_dist.data.geometry import CLIP_FRAMES, CLIPS, OFFSETS, SIZE, SUBSEQUENC
 from jmt_dist.data.graph import graph, names
 from jmt_dist.data.redivide import consumed, write_rest
 from jmt_dist.data.shards import ShardSet
+from jmt_dist.data.sound import spectrograms
 from jmt_dist.errors import UserError
 
 Batch = dict[str, Tensor]
@@ -82,7 +83,7 @@ class ClipLoader:
 
     def _build(self) -> Any:
         from nvidia.dali import pipeline_def
-        from nvidia.dali.plugin.pytorch import DALIGenericIterator, LastBatchPolicy
+        from nvidia.dali.plugin.pytorch import DALIRaggedIterator, LastBatchPolicy
 
         shards, draw = self.shards, self._draw
         if len(self._before):
@@ -96,9 +97,10 @@ class ClipLoader:
             device_id=self.device.index if self.device.type == "cuda" else None,
         )  # fmt: skip
         policy = LastBatchPolicy.FILL if self.train else LastBatchPolicy.PARTIAL
-        return DALIGenericIterator(
-            pipeline, names(self.train, self.streams), reader_name="reader", auto_reset=True, last_batch_policy=policy
-        )
+        outputs = names(self.train, self.streams, self._options["device"])
+        # both kinds are views of what DALI made: no copy
+        kinds = [DALIRaggedIterator.SPARSE_LIST_TAG if name == "pcm" else DALIRaggedIterator.DENSE_TAG for name in outputs]
+        return DALIRaggedIterator(pipeline, outputs, output_types=kinds, reader_name="reader", auto_reset=True, last_batch_policy=policy)
 
     def batches(self, epoch: int = 0, done: int = 0) -> Iterator[Batch]:
         """Training: the steps of `epoch` after the first `done`. Dense: all samples of this rank.
@@ -131,6 +133,9 @@ class ClipLoader:
                 self._forget()
                 self._before = self._before[:0]
         batch["q"] = batch["q"].flatten()
+        if "pcm" in batch:
+            numbers = batch["q"][:, None] + OFFSETS * torch.arange(CLIPS)
+            batch["mel"] = spectrograms(batch.pop("pcm"), batch.pop("ends").gather(1, numbers))
         return {name: value.to(self.device) for name, value in batch.items()}
 
     def _forget(self) -> None:
@@ -141,9 +146,12 @@ class ClipLoader:
 
     def _pass(self) -> Iterator[Batch]:
         for found in self._build():
-            batch = {name: value.to(self.device) for name, value in found[0].items()}
+            batch = found[0]
             if len(batch["id"]):  # a rank whose share is smaller may get an empty last batch
-                yield self._dense(batch)
+                if "pcm" in batch:
+                    numbers = [offset + OFFSETS * j for offset in self.offsets for j in range(CLIPS)]
+                    batch["mel"] = spectrograms(batch.pop("pcm"), batch.pop("ends")[:, numbers])
+                yield self._dense({name: value.to(self.device) for name, value in batch.items()})
 
     def _dense(self, batch: Batch) -> Batch:
         count, offsets = len(batch["id"]), len(self.offsets)

@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
@@ -23,10 +24,10 @@ from jmt_dist.data.geometry import (
     end_frames,
     strip_frames,
 )
-from jmt_dist.data.graph import HANN, HOP, MELS, N_FFT, TOP_DB
 from jmt_dist.data.report import printable
 from jmt_dist.data.sample import Sample, decode_audio, parse_key
 from jmt_dist.data.shards import Manifest
+from jmt_dist.data.sound import MEL_MEAN, MEL_STD, TOP_DB, spectrograms
 from jmt_dist.data.strip import MODES, decode
 from jmt_dist.data.tars import Entry, parse_index, read_entry
 from jmt_dist.errors import UserError
@@ -81,16 +82,8 @@ def describe(manifest: Manifest, tar: str, entry: Entry, sample: Sample, offset:
 
 def log_mel(window: NDArray[np.int16]) -> NDArray[np.float64]:
     """The log-mel spectrogram in dB [64, 107] of a clip's sound [47040], as the loader's (DESIGN section 7) before normalisation."""
-    sound = np.pad(window / 32768, N_FFT // 2, mode="reflect")
-    hann = np.pad(0.5 - 0.5 * np.cos(2 * np.pi * np.arange(HANN) / HANN), (N_FFT - HANN) // 2)
-    frames = np.lib.stride_tricks.sliding_window_view(sound, N_FFT)[::HOP] * hann
-    power = np.abs(np.fft.rfft(frames, axis=1)) ** 2
-    corners = 700 * (10 ** (np.linspace(0, 2595 * np.log10(1 + RATE / 2 / 700), MELS + 2) / 2595) - 1)
-    bins = np.linspace(0, RATE / 2, N_FFT // 2 + 1)
-    rising = (bins - corners[:-2, None]) / np.diff(corners)[:-1, None]
-    falling = (corners[2:, None] - bins) / np.diff(corners)[1:, None]
-    decibels = 10 * np.log10(np.maximum(np.maximum(0, np.minimum(rising, falling)) @ power.T, 1e-10))
-    return np.maximum(decibels, decibels.max() - TOP_DB)
+    normalised = spectrograms([torch.from_numpy(window)], torch.tensor([[WINDOW]]))[0, 0]
+    return normalised.double().numpy() * MEL_STD + MEL_MEAN
 
 
 def contact_sheet(entry: Entry, sample: Sample, offset: int = OFFSETS - 1) -> Image.Image:

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from jmt_dist.config import DataOptions, FoldOptions
 from jmt_dist.data.geometry import SIZE, STRIP
-from jmt_dist.data.graph import MEAN, MEL_MEAN, MEL_STD, STD
+from jmt_dist.data.graph import MEAN, STD
 from jmt_dist.data.pipeline import ClipLoader, clips
 from jmt_dist.data.sample import Sample
 from jmt_dist.data.shards import ShardSet, fold_shards
+from jmt_dist.data.sound import MEL_MEAN, MEL_STD
 from jmt_dist.data.strip import split
 from jmt_dist.errors import UserError
 
