@@ -115,11 +115,23 @@ def _fusion(plan: FoldPlan, spool: Spool) -> None:
             plan, f"fusion/{model}-seed{seed}", folder, key,
             lambda model=model, seed=seed: fusion_stage(plan, model, seed, train_set, validation_set),  # type: ignore[misc]
         )  # fmt: skip
-    for seed in plan.recipe.fusion.seeds if plan.recipe.finetune else []:
-        name, folder, key = f"finetune/{plan.recipe.fusion.model}-seed{seed}", finetune_folder(plan, seed), finetune_key(plan, seed)
-        _between(plan)
-        _train(plan, name, folder, key, lambda seed=seed: finetune_stage(plan, seed))  # type: ignore[misc]
-        finetuned_features(plan, seed)
+    if plan.recipe.finetune:
+        _finetune(plan)
+
+
+def _finetune(plan: FoldPlan) -> None:
+    """The end-to-end training of each seed, a part of the fusion stage with options of its own."""
+    try:
+        for seed in plan.recipe.fusion.seeds:
+            name, folder, key = f"finetune/{plan.recipe.fusion.model}-seed{seed}", finetune_folder(plan, seed), finetune_key(plan, seed)
+            _between(plan)
+            _train(plan, name, folder, key, lambda seed=seed: finetune_stage(plan, seed))  # type: ignore[misc]
+            finetuned_features(plan, seed)
+    except Exception as error:
+        explained = explain(error, plan, "finetuning")  # whose batch it is
+        if explained is error:
+            raise
+        raise explained from error
 
 
 def _evaluate(plan: FoldPlan, spool: Spool) -> None:
