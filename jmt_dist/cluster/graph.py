@@ -31,7 +31,8 @@ def stage_hash(recipe: Recipe, stage: str) -> str:
     data = recipe.model_dump(mode="json")
     parts = [stage, data["data"]["shards"], data["folds"], data["engine"], data["seed"]]
     if stage == "features":
-        parts += [stage_hash(recipe, "visual"), stage_hash(recipe, "audio"), data["features"]["offsets"], data["evaluate"]["test"]]
+        stored = {key: value for key, value in data["features"].items() if key != "batch"}
+        parts += [stage_hash(recipe, "visual"), stage_hash(recipe, "audio"), stored, data["evaluate"]["test"]]
     else:
         parts.append(data[stage])
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]

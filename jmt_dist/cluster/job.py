@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from jmt_dist.cluster import attempts, plan, share, status
+from jmt_dist.cluster import attempts, plan, rendezvous, share, status
 from jmt_dist.cluster.lease import Lease
 from jmt_dist.config import Recipe, Site
 from jmt_dist.errors import UserError
@@ -49,7 +49,7 @@ class FoldJob:
         first = environment.global_rank == 0
         try:
             self._check_code()
-            with self._alone(out, start) if first else contextlib.nullcontext():
+            with self._alone(out, start, environment) if first else self._with_first(out, start):
                 plan.resolve(self.function)(Recipe.model_validate(self.recipe), Site.model_validate(self.site), self.fold, out)
         except stop.Stopped:
             reason = stop.requested() or "asked to stop"
@@ -71,24 +71,26 @@ class FoldJob:
         return {"outcome": "done", "reason": ""}
 
     @contextlib.contextmanager
-    def _alone(self, out: Path, start: attempts.Start) -> Iterator[None]:
-        """Rank 0: the fold's folder is this job's alone, and holds the stages that others have done. The other ranks wait for it."""
-        from jmt_dist.train import stop
+    def _alone(self, out: Path, start: attempts.Start, environment: Any) -> Iterator[None]:
+        """Rank 0: the fold's folder is this job's alone, and holds the stages that others have done. Then the other ranks may come."""
 
         def note(**changes: Any) -> None:
             status.update_status(out, self.fold, start=status.now(), job=start.job, node=node(), **{"try": number}, **changes)
 
-        def raise_stop() -> None:
-            if stop.requested():
-                raise stop.Stopped(stop.requested())
-
+        host = rendezvous.address(environment.hostnames[0], environment.num_nodes > 1)
         number = attempts.open_attempt(out, self.fold, start)
         owner = f"job {start.job}, start {start.restart + 1}"
         with Lease(out / self.fold, owner, lambda who: note(state="waiting", reason=f"{who} is still at work here"), raise_stop):
             note(state="running", reason="")
             share.require_done([Path(folder) for folder in self.needs], self.fold)
             share.link_stages([Path(folder) for folder in (*self.needs, *self.share)], out, self.fold)
+            rendezvous.publish(out / self.fold, str(start), host)
             yield
+
+    @contextlib.contextmanager
+    def _with_first(self, out: Path, start: attempts.Start) -> Iterator[None]:
+        rendezvous.await_port(out / self.fold, str(start), raise_stop)
+        yield
 
     def checkpoint(self) -> Any:
         """What submitit submits again: this same job, which goes on from the fold's checkpoints."""
@@ -140,22 +142,26 @@ def node() -> str:
 
 
 def export_ranks() -> Any:
-    """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for torch, and return submitit's environment.
+    """Set RANK, WORLD_SIZE and LOCAL_RANK for torch, and return submitit's environment.
 
-    CUDA_VISIBLE_DEVICES is left alone: DeepSpeed selects device LOCAL_RANK itself. On one node the ranks meet on the loopback
-    address, so that a machine whose own name does not resolve can still train.
+    CUDA_VISIBLE_DEVICES is left alone: DeepSpeed selects device LOCAL_RANK itself.
     """
     from submitit.core.job_environment import JobEnvironment
-    from submitit.helpers import TorchDistributedEnvironment
 
     environment = JobEnvironment()
-    torch_environment = TorchDistributedEnvironment()
-    if environment.num_nodes == 1:
-        torch_environment.master_addr = "127.0.0.1"
-        if "lo" in (os.listdir("/sys/class/net") if os.path.isdir("/sys/class/net") else ()):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch_environment.export(set_cuda_visible_devices=False, overwrite=True)
+    ranks = {"RANK": environment.global_rank, "WORLD_SIZE": environment.num_tasks, "LOCAL_RANK": environment.local_rank}
+    os.environ.update({name: str(value) for name, value in ranks.items()})
+    if environment.num_nodes == 1 and "lo" in (os.listdir("/sys/class/net") if os.path.isdir("/sys/class/net") else ()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     return environment
+
+
+def raise_stop() -> None:
+    """Raise Stopped where a stop was requested; for waits."""
+    from jmt_dist.train import stop
+
+    if stop.requested():
+        raise stop.Stopped(stop.requested())
 
 
 def _listen(signals: list[int], request: Callable[[str], None]) -> dict[signal.Signals, Any]:

@@ -7,7 +7,6 @@ limit, is started again after a crash or a stop (it goes on from its checkpoints
 from __future__ import annotations
 
 import os
-import random
 import shlex
 import signal
 import socket
@@ -28,7 +27,6 @@ from jmt_dist.cluster.job import FoldJob, die_with_parent
 from jmt_dist.cluster.plan import Plan
 from jmt_dist.cluster.progress import Progress
 from jmt_dist.config import Site
-from jmt_dist.errors import UserError
 
 COLUMNS = ("fold", "state", "stage", "epoch", "step", "score", "starts", "heartbeat")
 POLL_SECONDS = 0.25
@@ -124,7 +122,7 @@ class Scheduler:
         folder = plan.jobs / f"{fold}-{number}"
         folder.mkdir(parents=True)
         with clean_env():
-            environment = {**os.environ, **site.job_environment(options, plan.snapshot), "MASTER_PORT": str(free_port())}
+            environment = {**os.environ, **site.job_environment(options, plan.snapshot)}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(plan.snapshot), os.environ.get("PYTHONPATH")]))
         if self.gpus is not None:
             environment["CUDA_VISIBLE_DEVICES"] = self.gpus[slot]
@@ -191,19 +189,6 @@ class Scheduler:
         me = {"pid": os.getpid(), "created": psutil.Process().create_time(), "host": socket.gethostname()}
         head = {"executor": "local", "submission": self.plan.submission, "folds": list(self.plan.folds), "scheduler": me}
         status.write_json(self.plan.out / "jobs.json", {**head, "jobs": entries})
-
-
-def free_port() -> int:
-    """A free TCP port on the loopback address, below those the system hands out by itself, so that it stays free."""
-    for _ in range(100):
-        port = random.SystemRandom().randrange(20000, 32000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-    raise UserError("there is no free port between 20000 and 32000 on 127.0.0.1")
 
 
 def ended(process: subprocess.Popen[bytes]) -> bool:

@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 
-from jmt_dist.cluster import attempts, plan, preflight, status
-from jmt_dist.cluster.job import node
+from jmt_dist.cluster import attempts, plan, preflight, rendezvous, status
+from jmt_dist.cluster.job import node, raise_stop
 from jmt_dist.cluster.lease import Lease
 from jmt_dist.cluster.options import RunFoldOptions
 from jmt_dist.cluster.snapshot import describe_code
@@ -59,7 +59,7 @@ def _run(recipe: Recipe, place: Site, fold: str, out: Path, work: str, function:
         signal.signal(number, ask)
     start = attempts.Start(f"run_fold.py {datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}", f"process {os.getpid()}")
     try:
-        with _alone(out, fold, start) if first else contextlib.nullcontext():
+        with _alone(out, fold, start) if first else _with_first(out, fold):
             plan.resolve(function)(recipe, place, fold, out)
     except stop.Stopped:
         if first:
@@ -81,12 +81,7 @@ def _run(recipe: Recipe, place: Site, fold: str, out: Path, work: str, function:
 
 @contextlib.contextmanager
 def _alone(out: Path, fold: str, start: attempts.Start) -> Iterator[None]:
-    """Rank 0: the fold's folder is this process's alone."""
-    from jmt_dist.train import stop
-
-    def raise_stop() -> None:
-        if stop.requested():
-            raise stop.Stopped(stop.requested())
+    """Rank 0: the fold's folder is this process's alone. Under srun, which names no port, it then tells the other ranks one."""
 
     def waiting(who: str) -> None:
         print(f"{fold}: {who} is still at work here; waiting for it to end", flush=True)
@@ -95,4 +90,19 @@ def _alone(out: Path, fold: str, start: attempts.Start) -> Iterator[None]:
         attempts.open_attempt(out, fold, start)
         changes = {"start": status.now(), "job": start.job, "node": node(), "try": 1}
         status.update_status(out, fold, state="running", reason="", **changes)
+        if "RANK" in os.environ and "MASTER_PORT" not in os.environ:
+            nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
+            rendezvous.publish(out / fold, _slurm_start(), rendezvous.address(node(), nodes > 1))
         yield
+
+
+@contextlib.contextmanager
+def _with_first(out: Path, fold: str) -> Iterator[None]:
+    if "MASTER_PORT" not in os.environ:
+        rendezvous.await_port(out / fold, _slurm_start(), raise_stop)
+    yield
+
+
+def _slurm_start() -> str:
+    """What all ranks of one start under srun know, and no other start."""
+    return f"{os.environ.get('SLURM_JOB_ID', '')} {os.environ.get('SLURM_RESTART_COUNT', '0')} {os.environ.get('SLURM_STEP_ID', '')}"

@@ -43,10 +43,22 @@ def check(site: Site) -> None:
         )
     if site.executor == "local" and site.nodes > 1:
         raise UsageError(f"`site.nodes`={site.nodes}, but site.executor=local is one machine", "Set site.nodes=1 or site.executor=slurm.")
+    if re.match(r"\w+://[^/@]*:[^/@]*@", site.tracking_uri):  # it would stand in site.yaml, in logs and in reports
+        raise UsageError(
+            "`site.tracking_uri` holds a password",
+            "Leave it out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD where you submit: jobs inherit them.",
+        )
     if site.gpus_per_node and site.ranks_per_node > site.gpus_per_node:
         raise UsageError(
             f"`site.ranks_per_node`={site.ranks_per_node} is more than site.gpus_per_node={site.gpus_per_node}", "Use one rank per GPU."
         )
+
+
+def check_path(out: Path) -> None:
+    """Raise UserError where SLURM would not take a path for what it is: in names of log files it reads `%` and `\\` as patterns."""
+    found = [name for name, character in (("%", "%"), ("a backslash", "\\"), ("a line break", "\n")) if character in str(out)]
+    if found:
+        raise UserError(f"out={str(out)!r} holds {found[0]}, which SLURM reads as a pattern in names of log files", "Choose another out=.")
 
 
 def job_environment(site: Site, snapshot: Path) -> dict[str, str]:
@@ -91,7 +103,7 @@ def slurm_parameters(site: Site, *, name: str, snapshot: Path, out: Path, teardo
         "teardown": teardown,
         # since SLURM 22.05 srun no longer takes --cpus-per-task over from sbatch
         "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={site.cpus_per_rank}"],
-        "additional_parameters": {"requeue": True, **site.extra},
+        "additional_parameters": {"requeue": True, **_extra(site)},
     }
     if site.gpus_per_node:
         parameters["gres" if site.gres else "gpus_per_node"] = f"gpu:{site.gpus_per_node}" if site.gres else site.gpus_per_node
@@ -112,8 +124,13 @@ def compare_parameters(site: Site, *, name: str, snapshot: Path, out: Path, depe
         "stderr_to_stdout": True,
         "setup": setup_lines(site, snapshot, out),
         "dependency": dependency,
-        "additional_parameters": {"requeue": True, **site.extra},
+        "additional_parameters": {"requeue": True, **_extra(site)},
     }
+
+
+def _extra(site: Site) -> dict[str, Any]:
+    """Further options; one without a value is a flag, such as `exclusive`."""
+    return {name: value or True for name, value in site.extra.items()}
 
 
 def _queue(site: Site) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def checks(options: CheckOptions, site: Site, recipe: Recipe | None) -> list[Cal
     if recipe is not None:
         chosen.append(lambda: _shards(recipe, site))
     if site.executor == "slurm":
-        chosen += [_slurm_commands, lambda: _slurm_submission(site)]
+        chosen += [_slurm_commands, lambda: _slurm_submission(site), lambda: _nodes(site)]
     return [*chosen, lambda: _machine(site), _libraries, lambda: _gpu(site)]
 
 
@@ -78,7 +78,8 @@ def _guarded(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
     except UserError as error:
         yield Finding("recipe and site", "fail", error.sentence, error.remedy)
     except Exception as error:  # a check that breaks is a finding, and the others go on
-        yield Finding("check", "fail", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        words = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        yield Finding(check.__name__.strip("_<>"), "fail", words, "This check could not be made here; the others count.")
 
 
 def _fields(site: Site) -> Iterator[Finding]:
@@ -98,12 +99,33 @@ def _host() -> Iterator[Finding]:
     try:
         yield Finding("host name", "ok", f"{name} is {socket.gethostbyname(name)}")
     except OSError:
-        yield Finding(
-            "host name",
-            "note",
-            f"{name} does not resolve",
-            "Jobs of one node do not need it; for several nodes add it to DNS or /etc/hosts.",
-        )
+        remedy = "Jobs of one node do not need it; for several nodes add it to DNS or /etc/hosts."
+        yield Finding("host name", "note", f"{name} does not resolve", remedy)
+
+
+def _nodes(site: Site) -> Iterator[Finding]:
+    """Whether the partition's nodes, as SLURM calls them, can be found: the ranks of several nodes meet at the first one's name."""
+    words = ["sinfo", "--noheader", "--Node", "--format", "%N", *(["--partition", site.partition] if site.partition else [])]
+    if shutil.which("sinfo") is None:
+        return
+    names = sorted(set(subprocess.run(words, capture_output=True, text=True, timeout=60).stdout.split()))
+    lost = [name for name in names if not _resolves(name)]
+    if not names:
+        yield Finding("node names", "fail", f"sinfo shows no node of partition {site.partition or '(default)'}", "Mend site.partition.")
+    elif lost and site.nodes > 1:
+        remedy = "Add them to DNS or /etc/hosts. Jobs will use the address SLURM gives (SLURM_LAUNCH_NODE_IPADDR), which NCCL must reach."
+        yield Finding("node names", "note", f"{len(lost)} of {len(names)} do not resolve, such as {lost[0]}", remedy)
+    else:
+        found = f"{len(names)} node(s)" + (f", {len(lost)} do not resolve: jobs of one node do not need it" if lost else ", all resolve")
+        yield Finding("node names", "ok", found)
+
+
+def _resolves(name: str) -> bool:
+    try:
+        socket.gethostbyname(name)
+    except OSError:
+        return False
+    return True
 
 
 def _folder(out: Path, site: Site) -> Iterator[Finding]:

@@ -61,6 +61,8 @@ def make_plan(options: SubmitOptions, recipe: Recipe, place: Site, function: str
     recipe = preflight.absolute(recipe)
     folds, manifest = preflight.check(recipe, place, options.folds)
     out = Path(options.out or Path("runs") / recipe.name).expanduser().resolve()
+    if place.executor == "slurm":
+        site.check_path(out)
     if out.exists():
         if not out.is_dir():
             raise UserError(f"out={out} is a file", "Choose another out=.")

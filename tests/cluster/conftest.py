@@ -59,9 +59,13 @@ class Workplace:
         behaviour = {names.get(key, key): value for key, value in toy.items()}
         return {**os.environ, "TOY": json.dumps(behaviour), "PYTHONPATH": f"{HERE}{os.pathsep}{ROOT}", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
-    def start(self, out: Path, *words: str, **toy: Any) -> subprocess.Popen[str]:
+    def start(self, out: Path, *words: str, home: str = "", **toy: Any) -> subprocess.Popen[str]:
+        """`home`: a checkout whose code is submitted in the place of ours."""
         command = [sys.executable, str(HERE / "drive.py"), f"recipe={self.recipe}", f"site={self.site}", f"out={out}", *words]
-        return subprocess.Popen(command, env=self.environment(**toy), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        environment = self.environment(**toy)
+        if home:
+            environment |= {"PYTHONPATH": os.pathsep.join([home, environment["PYTHONPATH"]]), "PYTHONSAFEPATH": "1"}
+        return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def submit(self, out: Path, *words: str, **toy: Any) -> tuple[int, str]:
         process = self.start(out, *words, **toy)
@@ -95,3 +99,34 @@ def alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+
+
+CLUSTER = {"SLURM_MINICLUSTER_DIR": "/var/tmp/jmt-minicluster-tests", "SLURM_MINICLUSTER_PORT": "27817"}
+
+
+def minicluster(name: str) -> subprocess.CompletedProcess[str]:
+    command = [str(ROOT / "slurm" / "minicluster" / name)]
+    return subprocess.run(command, env={**os.environ, **CLUSTER}, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Path]:
+    answer = minicluster("up")
+    assert answer.returncode == 0, answer.stderr
+    before = os.environ.get("SLURM_CONF")
+    os.environ["SLURM_CONF"] = str(Path(CLUSTER["SLURM_MINICLUSTER_DIR"]) / "etc" / "slurm.conf")
+    yield Path(answer.stdout.strip())
+    os.environ.pop("SLURM_CONF")
+    if before is not None:
+        os.environ["SLURM_CONF"] = before
+    assert minicluster("down").returncode == 0
+    assert not Path(CLUSTER["SLURM_MINICLUSTER_DIR"]).exists()
+    left = [path.parent.name for path in Path("/proc").glob("[0-9]*/cmdline") if CLUSTER["SLURM_MINICLUSTER_DIR"] in _words(path)]
+    assert left == []
+
+
+def _words(path: Path) -> str:
+    try:
+        return path.read_bytes().decode(errors="replace")
+    except OSError:
+        return ""

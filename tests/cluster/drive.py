@@ -18,7 +18,7 @@ def main(words: list[str]) -> int:
     recipe, site = load_recipe(options.recipe, recipe_words), load_site(options.site, site_words)
     if not os.environ.get("TOY_TRACKING"):  # MLflow costs seconds per submission; one test has it
         tracking.prepare = lambda *_: None
-    return submit(options, recipe, site, os.environ.get("TOY_FUNCTION", "toyjob:run_fold"), "toyjob:compare")
+    return submit(options, recipe, site, os.environ.get("TOY_FUNCTION", "toyjob:run_fold"), os.environ.get("TOY_COMPARE", "toyjob:compare"))
 
 
 if __name__ == "__main__":

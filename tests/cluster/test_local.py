@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import Workplace, alive, attempts_of, starts
+from tests.cluster.conftest import ROOT, Workplace, alive, attempts_of, starts
 
 FOLDS = ["official", "fold-1", "fold-2", "fold-3", "fold-4", "fold-5"]
 
@@ -84,6 +86,31 @@ def test_a_crash_is_started_again_from_its_checkpoint_and_tries_are_bounded(work
     log = Path(text.split("failed: fold-2: ")[1].split("log ")[1].splitlines()[0])
     assert "no weights" in log.read_text()
     assert "official" in (out / "table1.csv").read_text()
+
+
+def test_a_fold_that_fails_for_good_leaves_a_table_of_five_and_a_clear_sixth(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOY_COMPARE", "jmt_dist.cluster.compare:compare")
+    out = workplace.out()
+    code, text = workplace.submit(out, "site.tries=2", star={"steps": 1}, fold_2={"steps": 2, "raise_at": 1, "forget": True})
+    assert code == 3, text
+    rows = [line.split(",") for line in (out / "table1.csv").read_text().splitlines()[1:]]
+    assert [row[0] for row in rows] == FOLDS
+    assert [row[1:] for row in rows if row[0] != "fold-2"] == [["0.500000", "0.600000", "0.550000"]] * 5 and rows[2][1:] == ["nan"] * 3
+    reason = "failed in visual (crashed: rank 0: RuntimeError: toy failure at start 2 (start 2 of 2))"
+    assert f"missing: fold-2: {reason}" in text and reason in (out / "table1.md").read_text()
+    assert attempts_of(out, "fold-2") == [("crashed", f"rank 0: RuntimeError: toy failure at start {n}") for n in (1, 2)]
+    show = subprocess.run([sys.executable, "launch/show_status.py", f"out={out}", "lines=3"], cwd=ROOT, capture_output=True, text=True)
+    assert show.returncode == 1 and "fold-2: the last lines of " in show.stdout
+    assert show.stdout.splitlines()[-2].strip() == "RuntimeError: toy failure at start 2"
+    watch = [sys.executable, "launch/show_status.py", f"out={out}", "--watch", "--every", "0.1"]
+    answer = subprocess.run(watch, cwd=ROOT, capture_output=True, text=True)  # nothing is left to wait for
+    assert answer.returncode == 3 and "5 of 6 folds are done" in answer.stdout
+    again = [sys.executable, "-c", "import tests.cluster.resume_toy", str(out)]
+    answer = subprocess.run(again, cwd=ROOT, env=workplace.environment(star={"steps": 2}), capture_output=True, text=True)
+    assert answer.returncode == 0 and "already done: official, fold-1, fold-3, fold-4, fold-5" in answer.stdout, (
+        answer.stdout + answer.stderr
+    )
+    assert "nan" not in (out / "table1.csv").read_text()
 
 
 def test_all_failed_gives_exit_code_1_and_no_table(workplace: Workplace) -> None:

@@ -3,49 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import ROOT, Workplace, alive, attempts_of, starts
+from jmt_dist.cluster.site import check, slurm_parameters
+from jmt_dist.config import Site
+from tests.cluster.conftest import ROOT, Workplace, alive, attempts_of, minicluster, starts
 from tests.cluster.test_local import wait_for
 
 pytestmark = pytest.mark.slurm
 WORDS = ["site.executor=slurm", "site.partition=mini", "site.signal_seconds=60"]
-CLUSTER = {"SLURM_MINICLUSTER_DIR": "/var/tmp/jmt-minicluster-tests", "SLURM_MINICLUSTER_PORT": "27817"}
-
-
-def script(name: str) -> subprocess.CompletedProcess[str]:
-    command = [str(ROOT / "slurm" / "minicluster" / name)]
-    return subprocess.run(command, env={**os.environ, **CLUSTER}, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600)
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Path]:
-    answer = script("up")
-    assert answer.returncode == 0, answer.stderr
-    before = os.environ.get("SLURM_CONF")
-    os.environ["SLURM_CONF"] = str(Path(CLUSTER["SLURM_MINICLUSTER_DIR"]) / "etc" / "slurm.conf")
-    yield Path(answer.stdout.strip())
-    os.environ.pop("SLURM_CONF")
-    if before is not None:
-        os.environ["SLURM_CONF"] = before
-    assert script("down").returncode == 0
-    assert not Path(CLUSTER["SLURM_MINICLUSTER_DIR"]).exists()
-    left = [path.parent.name for path in Path("/proc").glob("[0-9]*/cmdline") if CLUSTER["SLURM_MINICLUSTER_DIR"] in _words(path)]
-    assert left == []
-
-
-def _words(path: Path) -> str:
-    try:
-        return path.read_bytes().decode(errors="replace")
-    except OSError:
-        return ""
 
 
 def job_of(out: Path, fold: str) -> str:
@@ -91,6 +63,8 @@ def test_a_cancelled_array_stays_cancelled(workplace: Workplace, cluster: Path) 
     wait_for(lambda: starts(out))
     show = subprocess.run([sys.executable, "launch/show_status.py", f"out={out}"], cwd=ROOT, capture_output=True, text=True)
     assert "official   running" in show.stdout and "fold-1     pending" in show.stdout, show.stdout + show.stderr
+    running, pending = show.stdout.splitlines()[:2]
+    assert "  n1  heartbeat " in running and "JobArrayTaskLimit" in pending
     answer = subprocess.run([sys.executable, "launch/cancel_jobs.py", f"out={out}"], cwd=ROOT, capture_output=True, text=True)
     assert "2 job(s) ended" in answer.stdout, answer.stderr
     wait_for(lambda: not any(alive(note["pid"]) for note in starts(out)))
@@ -104,16 +78,86 @@ def test_check_site_is_content_with_it(cluster: Path, tmp_path: Path) -> None:
     answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stdout
     assert "ok    SLURM accounting" in answer.stdout and "ok    SLURM takes the job" in answer.stdout
+    assert "ok    node names: 2 node(s), 2 do not resolve" in answer.stdout
     answer = subprocess.run([*command, "site.partition=none"], cwd=ROOT, capture_output=True, text=True)
-    assert answer.returncode == 1 and "FAIL  SLURM takes the job" in answer.stdout
+    assert answer.returncode == 1 and "FAIL  SLURM takes the job" in answer.stdout and "FAIL  node names" in answer.stdout
+    failed = [line for line in answer.stdout.splitlines() if line.startswith("FAIL")]
+    assert failed and all(" -> " in line for line in failed)
 
 
-def test_the_path_without_submitit_is_a_script_that_slurm_takes(cluster: Path) -> None:
-    command = ["sbatch", "--test-only", "--partition=mini", "--gpus-per-node=2", "--ntasks-per-node=2", "--cpus-per-task=1", "--mem=1G"]
-    answer = subprocess.run([*command, "slurm/run_fold.sbatch", "recipe", "site", "out"], cwd=ROOT, capture_output=True, text=True)
+def test_ranks_of_two_nodes_meet_from_a_folder_of_any_name(workplace: Workplace, cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two nodes over srun and gloo, node names that do not resolve, and a run folder and recipe named to break any unquoted shell."""
+    monkeypatch.setenv("TOY_FUNCTION", "toyjob:gloo")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "s3cr3t-of-the-test")
+    out = workplace.folder / "runs" / 'it\'s a "test" $HOME; touch `id` & *'
+    words = [*WORDS, "site.time=00:10:00", "site.nodes=2", "folds=[official]", "name='it''s a \"test\" $HOME;'"]
+    code, text = workplace.submit(out, *words)
+    assert code == 0, text
+    log = Path(json.loads((out / "jobs.json").read_text())["jobs"][0]["log"])
+    wait_for(lambda: (out / "official" / "status.json").exists() and status_of(out) in ("done", "failed"), 120)
+    assert status_of(out) == "done", log.read_text()
+    assert {(out / f"sum-{rank}").read_text() for rank in range(2)} == {"3 1"}
+    assert {(out / f"node-{rank}").read_text() for rank in range(2)} == {"n1", "n2"}
+    wait_for(lambda: (out / "table1.csv").is_file())
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert len(files) > 10 and not [path for path in files if path.stat().st_mode & 0o077]
+    assert not [path for path in files if b"s3cr3t" in path.read_bytes()]  # jobs inherit it: nothing needs to write it down
+    assert (out / "password-0").read_text() == "18 characters"
+
+
+def status_of(out: Path) -> str:
+    return json.loads((out / "official" / "status.json").read_text())["state"]
+
+
+@pytest.mark.parametrize("gres", [False, True])
+def test_slurm_understands_every_field_of_a_site(cluster: Path, gres: bool, tmp_path: Path) -> None:
+    """What squeue and scontrol say of a held job that was submitted with every field set."""
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    site = Site(
+        name="all", executor="slurm", partition="mini", account="my account", qos="normal", constraint="fast", exclude="n2", nodes=1,
+        ranks_per_node=2, gpus_per_node=2, gres=gres, cpus_per_rank=3, memory_gb=4, time="1-00:00:00", signal_seconds=300, parallel=2,
+        environment=["echo '$HOME is \"here\"'"], extra={"hold": "", "comment": "a 'quoted' $word", "nice": "7"},
+    )  # fmt: skip
+    check(site)
+    parameters = slurm_parameters(site, name="a 'b'", snapshot=tmp_path, out=tmp_path, teardown=[])
+    (tmp_path / "script").write_text(_make_sbatch_string(command="true", folder=tmp_path, map_count=3, **parameters))
+    answer = subprocess.run(["sbatch", str(tmp_path / "script")], capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr
+    job = answer.stdout.split()[-1]
+    text = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True).stdout
+    subprocess.run(["scancel", job], check=True)
+    for part in (
+        "JobName=jmt-a-b ", "Account=my account", "QOS=normal", "Partition=mini", "Features=fast", "ExcNodeList=n2", "NumTasks=2",
+        "CPUs/Task=3", "MinMemoryNode=4G", "TimeLimit=1-00:00:00", "ArrayTaskThrottle=2", "Requeue=1", "Comment=a 'quoted' $word",
+        "Nice=7", "Reason=JobHeldUser", "TresPerNode=gres/gpu:2",
+    ):  # fmt: skip
+        assert part in text, (part, text)
+    assert "#SBATCH --gres=gpu:2" in (tmp_path / "script").read_text() or not gres
+
+
+def test_editing_the_checkout_changes_nothing_in_a_queued_job(workplace: Workplace, cluster: Path, tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    shutil.copytree(ROOT / "jmt_dist", checkout / "jmt_dist", ignore=shutil.ignore_patterns("__pycache__"))
+    git = ["git", "-C", str(checkout), "-c", "user.name=t", "-c", "user.email=t@t"]
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *words], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    with (checkout / "jmt_dist" / "errors.py").open("a") as file:
+        file.write("\n# an edit that is not committed\n")
+    out = workplace.out()
+    words = [*WORDS, "site.time=00:10:00", "site.extra={hold: ''}", "folds=[official]", "compare=false"]
+    process = workplace.start(out, *words, home=str(checkout))
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and f"commit {commit[:12]}, with changes" in text, text
+    assert json.loads((out / "snapshot.json").read_text())["dirty"] == ["jmt_dist/errors.py"]
+    shutil.rmtree(checkout)  # an edit could not go further
+    subprocess.run(["scontrol", "release", json.loads((out / "jobs.json").read_text())["array"]], check=True)
+    wait_for(lambda: (out / "official" / "status.json").exists() and status_of(out) in ("done", "failed"), 90)
+    assert status_of(out) == "done"
+    assert starts(out)[0]["code"].startswith(str(out / "snapshot"))
 
 
 def test_up_again_is_the_same_cluster(cluster: Path) -> None:
-    answer = script("up")
+    answer = minicluster("up")
     assert answer.returncode == 0 and "already up" in answer.stderr and answer.stdout.strip() == str(cluster)

@@ -40,7 +40,7 @@ def run_fold(recipe: Any, site: Any, fold: str, out: Path) -> None:
                 raise stop.Stopped(stop.requested())
         time.sleep(toy["seconds"])
         step += 1
-        state.write_text(str(step))
+        state.write_text(str(0 if toy.get("forget") else step))
         if rank == 0:
             update_status(out, fold, stage="visual", epoch=0, step=step, steps=toy["steps"], score=0.1 * step)
         if step == toy.get("die_at") and rank == toy.get("die_rank", 0):
@@ -55,7 +55,7 @@ def run_fold(recipe: Any, site: Any, fold: str, out: Path) -> None:
             raise stop.Stopped(stop.requested())
         time.sleep(0.05)  # like a collective: nobody leaves before the others
     if rank == 0:
-        (folder / "metrics.json").write_text(json.dumps({"fold": fold}))
+        (folder / "metrics.json").write_text(json.dumps({"fold": fold, "valence": 0.5, "arousal": 0.6, "average": 0.55}))
     with (out / "starts.jsonl").open("a") as file:
         file.write(json.dumps({"pid": os.getpid(), "fold": fold, "rank": rank, "end": time.time()}) + "\n")
 
@@ -81,6 +81,8 @@ def gloo(recipe: Any, site: Any, fold: str, out: Path) -> None:
     total = torch.tensor([float(dist.get_rank() + 1)])
     dist.all_reduce(total)
     (out / f"sum-{dist.get_rank()}").write_text(f"{total.item():g} {torch.get_num_threads()}")
+    (out / f"node-{dist.get_rank()}").write_text(os.environ.get("SLURMD_NODENAME", ""))
+    (out / f"password-{dist.get_rank()}").write_text(f"{len(os.environ.get('MLFLOW_TRACKING_PASSWORD', ''))} characters")
     dist.destroy_process_group()
 
 
