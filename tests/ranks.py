@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+LIMIT = 240  # seconds until a rank counts as hanging
 PRELOAD = ["setuptools", "deepspeed", "nvidia.dali.plugin.pytorch", "jmt_dist.train.fold", "tests.ranks"]
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
@@ -51,16 +52,17 @@ def _enter(rank: int, world: int, folder: str, function: Callable[..., Any], arg
 
 
 def start_ranks(world: int, folder: str, function: Callable[..., Any], *arguments: Any) -> list[int | None]:
-    """`function(rank, *arguments)` on `world` ranks, for tests of how they end; returns their exit codes."""
+    """`function(rank, *arguments)` on `world` ranks, for tests of how they end; returns their exit codes, of a hanging one -9."""
     context = server()
     processes = [context.Process(target=_enter, args=(rank, world, folder, function, arguments)) for rank in range(world)]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(300)
+        process.join(LIMIT)
     for process in processes:
         if process.is_alive():
             process.kill()
+            process.join()
     return [process.exitcode for process in processes]
 
 

@@ -123,7 +123,7 @@ class Trainer:
         progress, size = self.progress, self.options.accumulation
         batches = self.meter.waiting(self.stage.loader.batches(progress.epoch, progress.done))
         while progress.done // size < self.steps_per_epoch:
-            self._beat("waiting for a batch")
+            self._beat("waiting for a batch", alone=True)
             taken = list(islice(batches, size))
             self._say_needs(taken[0])
             self._beat("in the step")
@@ -167,9 +167,9 @@ class Trainer:
             print(f"{self.stage.name}: {need.line(self.stage.micro_batch, self.total)}", flush=True)
             self.forecast = None
 
-    def _beat(self, doing: str) -> None:
+    def _beat(self, doing: str, *, alone: bool = False) -> None:
         progress = self.progress
-        self.around.watch.beat(f"{self.stage.name}, epoch {progress.epoch}, step {progress.step + 1}, {doing}")
+        self.around.watch.beat(f"{self.stage.name}, epoch {progress.epoch}, step {progress.step + 1}, {doing}", alone=alone)
 
     def _report(self) -> None:
         progress = self.progress

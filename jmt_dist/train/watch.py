@@ -47,16 +47,16 @@ class Watch:
         self, seconds: int = 0, folder: Path | None = None, failed: Failed | None = None, damage: Callable[[], str] | None = None
     ) -> None:
         self.seconds, self.folder, self.failed, self.damage = seconds, folder, failed or (lambda sentence, again: None), damage
-        self._place, self._idle, self._paused = "before its first step", 0.0, 0
+        self._place, self._idle, self._alone, self._paused = "before its first step", 0.0, False, 0
         self._notice: dict[str, Any] | None = None
         self._heard = 0.0  # when another rank's notice was seen
         self._end = threading.Event()
         self._store: Any = None
         self._name = ""
 
-    def beat(self, place: str) -> None:
-        """Training has moved on, and is now at `place`."""
-        self._place, self._idle = place, 0.0
+    def beat(self, place: str, *, alone: bool = False) -> None:
+        """Training has moved on, and is now at `place`; `alone`: what it does there waits for no other rank."""
+        self._place, self._idle, self._alone = place, 0.0, alone
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -76,6 +76,7 @@ class Watch:
             self._store = dist.distributed_c10d._get_default_store()
         if threading.current_thread() is threading.main_thread():
             self._catch_bus_errors()
+        self._arm()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
         self._thread.start()
         return self
@@ -124,16 +125,21 @@ class Watch:
             # looks are counted, not the clock: a job that was suspended has not hung
             self._idle += 0.0 if self._paused else POLL
             rearm -= POLL
-            if self.seconds and rearm <= 0:  # in C, for a rank that holds the interpreter lock for ever and stops this thread too
-                faulthandler.dump_traceback_later(self.seconds + STUCK, exit=True, file=2)
+            if rearm <= 0:
+                self._arm()
                 rearm = 10.0
             self._listen()
             if self._notice is not None and (self._notice["hangs"] or time.monotonic() - self._heard > GRACE):
                 line = f"ended because rank {self._notice['rank']} {'hangs' if self._notice['hangs'] else 'failed'}"
-                self._leave(f"{line}: {self._notice['sentence']}", self._notice["again"])
-            if self.seconds and self._idle > self.seconds:
-                line = f"nothing has moved for {self.seconds} s (site.hang_seconds), {self._place}"
-                self._stop(line, True, hangs=True)
+                self._leave(f"{line}: {self._notice['sentence']}; this rank was at {self._place}", self._notice["again"])
+            # a rank that may be waiting for another lets that one speak first
+            if self.seconds and self._idle > self.seconds * (1 if self._alone else 1.25):
+                self._stop(f"nothing has moved for {self.seconds} s (site.hang_seconds): {self._place}", True, hangs=True)
+
+    def _arm(self) -> None:
+        # a timer in C, for a rank that holds the interpreter lock for ever and so stops the thread of this watch too
+        if self.seconds:
+            faulthandler.dump_traceback_later(self.seconds + STUCK, exit=True, file=2)
 
     def _listen(self) -> None:
         if self._store is None or self._notice is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,22 @@ def features(samples: int = 10) -> FeatureSet:
     return FeatureSet(visual, visual, labels, ident, tuple(range(8)))
 
 
-def run(rank: int, folder: Path, world: int, stop_at: int, key: str = "k", *, plain: bool = False, zero: int = 0) -> dict[str, Any]:
+def run(
+    rank: int,
+    folder: Path,
+    world: int,
+    stop_at: int,
+    key: str = "k",
+    *,
+    plain: bool = False,
+    zero: int = 0,
+    watch: Any = None,
+    on_step: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
     """Train in `folder`, with new objects throughout; with `stop_at` a stop is requested at that step and the run ends there."""
     from jmt_dist.train import ranks, stop
     from jmt_dist.train.stage import Stage, Surroundings, train
+    from jmt_dist.train.watch import Watch
 
     ranks.start(CPU)
     stop.clear()
@@ -58,6 +70,8 @@ def run(rank: int, folder: Path, world: int, stop_at: int, key: str = "k", *, pl
             yield {"visual": torch.from_numpy(made.visual[:, 0].astype(np.float32)), "va": torch.from_numpy(made.va()[:, 0])}
 
     def status(**values: Any) -> None:
+        if on_step is not None:
+            on_step(values["step"])
         if stop_at and rank == world - 1 and values["step"] == stop_at:
             stop.request("test")
 
@@ -71,8 +85,9 @@ def run(rank: int, folder: Path, world: int, stop_at: int, key: str = "k", *, pl
     )  # fmt: skip
     logged: list[tuple[str, int, float]] = []
     around = Surroundings(
-        EngineOptions(precision="fp32", zero=zero), CPU, lambda m, s: logged.extend((k, s, v) for k, v in m.items()), status
-    )
+        EngineOptions(precision="fp32", zero=zero), CPU, lambda m, s: logged.extend((k, s, v) for k, v in m.items()), status,
+        watch=watch or Watch(),
+    )  # fmt: skip
     try:
         result = train(stage, around)
     except stop.Stopped:
