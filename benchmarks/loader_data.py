@@ -24,6 +24,7 @@ from jmt_dist.data.geometry import CLIPS, OFFSETS, RATE, SIZE, SUBSEQUENCE, WIND
 from jmt_dist.data.jpeg import parse
 from jmt_dist.data.sample import Sample, decode_audio, encode_audio, key
 from jmt_dist.data.shards import Manifest
+from jmt_dist.data.sound import spectrograms
 from jmt_dist.data.strip import join
 
 # what the loader promises (DESIGN section 7), written down here anew: the reference shares no number with the code it judges
@@ -104,16 +105,16 @@ def record(loose: Loose) -> dict[str, bytes]:
 
 
 def tensors(found: dict[str, bytes]) -> dict[str, Tensor]:
-    """The tensors of a record, by the fastest ways known here: libjpeg-turbo without a copy, one batched spectrogram."""
+    """The tensors of a record, by the fastest ways known here: libjpeg-turbo without a copy, whole rows normalised, our spectrograms."""
     import simplejpeg
 
     frames = simplejpeg.decode_jpeg(found["strip"], "RGB").reshape(SUBSEQUENCE, SIZE, SIZE, 3)
-    sound = np.frombuffer(found["sound"], "<i2").reshape(CLIPS, WINDOW)
+    sound = torch.frombuffer(bytearray(found["sound"]), dtype=torch.int16)
     va = np.frombuffer(found["va"], np.float32).reshape(CLIPS, 2).copy()
     return {
         "id": torch.from_numpy(np.frombuffer(found["id"], np.int32).copy()),
-        "frames": normalise(torch.from_numpy(frames)),
-        "mel": log_mel(torch.from_numpy(sound.astype(np.float32) / 32768)),
+        "frames": normalise_rows(torch.from_numpy(frames)),
+        "mel": spectrograms([sound], WINDOW * torch.arange(1, CLIPS + 1)[None])[0],
         "va": torch.from_numpy(va),
     }
 
@@ -121,6 +122,12 @@ def tensors(found: dict[str, bytes]) -> dict[str, Tensor]:
 def normalise(frames: Tensor) -> Tensor:
     """uint8 [.., 3] to float32 with Kinetics statistics, in place after the one conversion."""
     return frames.float().sub_(_MEAN).mul_(_SCALE)
+
+
+def normalise_rows(frames: Tensor) -> Tensor:
+    """The same, whole rows of pixels at a time: a third of the time, since a loop over three channels is no loop for a processor."""
+    rows = frames.reshape(-1, 3 * SIZE).float()
+    return rows.mul_(_SCALE.repeat(SIZE)).sub_((_MEAN * _SCALE).repeat(SIZE)).view(frames.shape)
 
 
 def log_mel(waves: Tensor) -> Tensor:
