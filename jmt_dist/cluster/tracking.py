@@ -104,7 +104,8 @@ def _create(plan: Plan, snapshot: Snapshot, uri: str, same: bool, missing: list[
         spool = plan.out / fold / "spool"
         if (spool / "run.json").is_file():
             _keep_aside(spool)
-        run = tracker.create_child(parent, fold, {"submission": plan.submission, "mlflow.user": getpass.getuser()})
+        tags = {"submission": plan.submission, "mlflow.user": getpass.getuser()}
+        run = tracker.create_child(parent, fold, tags, of=plan.recipe.name)
         tracker.save_run(spool, uri if sends(plan.site) else "", run)
     parent.save(plan.out)  # last: without it the next submission starts anew
 

@@ -6,10 +6,10 @@ import contextlib
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -62,7 +62,7 @@ def serve(options: ServeOptions) -> int:
             print(f"starting PostgreSQL on {out / 'postgresql'}", flush=True)
             uri = stack.enter_context(Postgres(out / "postgresql")).uri
         else:
-            uri = f"{SQLITE}{out / 'mlflow.db'}" if options.store == "sqlite" else _with_driver(options.store)
+            uri = f"{SQLITE}{out / 'mlflow.db'}" if options.store == "sqlite" else with_driver(options.store)
         command, environment = command_of(options, uri, out)
         stopped = stack.enter_context(_asked_to_stop())
         with open(out / "server.log", "ab") as log:
@@ -111,11 +111,14 @@ def _check(options: ServeOptions) -> None:
         raise UserError(
             f"store={options.store} is neither sqlite nor postgresql nor a URI", "Such as store=postgresql://user@db:5432/mlflow"
         )
-    with contextlib.suppress(OSError), urllib.request.urlopen(f"{_address(options)}/health", timeout=2):
-        raise UserError(f"something already answers at {_address(options)}", "End it, or choose another port=.")
+    with (
+        contextlib.suppress(OSError),
+        socket.create_connection(("127.0.0.1" if options.host == "0.0.0.0" else options.host, options.port), 2),
+    ):
+        raise UserError(f"something already listens at {_address(options)}", "End it, or choose another port=.")
 
 
-def _with_driver(uri: str) -> str:
+def with_driver(uri: str) -> str:
     """`postgresql://` means psycopg 3 to SQLAlchemy 2.1; the driver we install is psycopg2."""
     for prefix in ("postgresql://", "postgres://"):
         if uri.startswith(prefix):

@@ -96,7 +96,7 @@ def _sync_fold(spool: Path, client: Any, store: str, parent: ParentRun | None) -
     try:
         if not run_id:
             assert parent is not None
-            run_id = create_child(parent, fold)
+            run_id = create_child(parent, fold, of=_name(spool.parent.parent))
             save_run(spool, kept, run_id)  # an empty uri stays empty: the job goes on spooling only
         report = replay(spool, client, run_id)
         if not report.left:
@@ -110,13 +110,21 @@ def _sync_fold(spool: Path, client: Any, store: str, parent: ParentRun | None) -
 
 
 def _create_parent(out: Path, store: str) -> ParentRun:
-    try:
-        recipe = yaml.safe_load((out / "recipe.yaml").read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError):
-        recipe = {}
-    parent = create_experiment(store, str(recipe.get("name", out.resolve().name)), {"folder": str(out.resolve())}, recipe)
+    parent = create_experiment(store, _name(out), {"folder": str(out.resolve())}, _recipe(out))
     parent.save(out)
     return parent
+
+
+def _recipe(out: Path) -> dict[str, Any]:
+    try:
+        recipe = yaml.safe_load((out / "recipe.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return {}
+    return recipe if isinstance(recipe, dict) else {}
+
+
+def _name(out: Path) -> str:
+    return str(_recipe(out).get("name", out.resolve().name))
 
 
 def _end(spool: Path, client: Any, run_id: str) -> None:

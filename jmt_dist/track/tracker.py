@@ -131,12 +131,17 @@ def create_experiment(
         return ParentRun(uri, str(experiment_id), run.info.run_id)
 
 
-def create_child(parent: ParentRun, fold: str, tags: Mapping[str, Any] | None = None, params: Mapping[str, Any] | None = None) -> str:
-    """Create the run of one fold under `parent`; returns its id. Raises UserError where the store cannot be reached."""
+def create_child(
+    parent: ParentRun, fold: str, tags: Mapping[str, Any] | None = None, params: Mapping[str, Any] | None = None, of: str = ""
+) -> str:
+    """Create the run of one fold under `parent`; returns its id. Raises UserError where the store cannot be reached.
+
+    `of`: the experiment's name, which the run's begins with: two runs beside one another must not both be `fold-1`.
+    """
     with client_environment(), _explained(parent.uri):
         client = _retried(lambda: connect(parent.uri))
         text = {str(key): str(value) for key, value in (tags or {}).items()} | {"mlflow.parentRunId": parent.run_id, "fold": fold}
-        run = _retried(lambda: client.create_run(parent.experiment_id, run_name=fold, tags=text))
+        run = _retried(lambda: client.create_run(parent.experiment_id, run_name=f"{of}/{fold}" if of else fold, tags=text))
         _log_params(client, run.info.run_id, params or {})
         return str(run.info.run_id)
 
@@ -257,7 +262,8 @@ def _create_named(client: Any, name: str, location: str | None) -> str:
     from mlflow.exceptions import MlflowException
 
     try:
-        return str(client.create_experiment(name, artifact_location=location))
+        # without the tag MLflow's pages take it for one of language models, and hide the curves behind other menus
+        return str(client.create_experiment(name, artifact_location=location, tags={"mlflow.experimentKind": "custom_model_development"}))
     except MlflowException as error:
         existing = client.get_experiment_by_name(name) if error.error_code == "RESOURCE_ALREADY_EXISTS" else None
         if existing is None:

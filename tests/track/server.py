@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -12,9 +14,16 @@ from pathlib import Path
 
 import psutil
 
-from jmt_dist.cluster.local import free_port
-
 ROOT = Path(__file__).parents[2]
+
+
+def free_port():
+    """A free port below those that the system hands out by itself: it stays free while a server is away."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class Server:

@@ -47,7 +47,7 @@ def test_a_spool_without_a_run_gets_one(run, tmp_path):
     assert client.get_experiment(parent.experiment_id).name == "paper"
     assert client.get_run(parent.run_id).data.params["fusion.batch"] == "4"
     children = client.search_runs([parent.experiment_id], f"tags.mlflow.parentRunId = '{parent.run_id}'")
-    assert {c.info.run_id for c in children} == {f.run_id for f in folds}
+    assert {c.info.run_id: c.info.run_name for c in children} == {f.run_id: f"paper/{f.fold}" for f in folds}
     assert [load_run(run / f.fold / "spool") for f in folds] == [("", f.run_id) for f in folds]
     again = sync(run)
     assert [f.run_id for f in again] == [f.run_id for f in folds] and not any(f.report.sent for f in again)
