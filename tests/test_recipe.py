@@ -135,7 +135,8 @@ def test_wrong_values_name_key_value_and_word(word: str, said: str) -> None:
         ),
         (
             "lr=1",
-            "unknown key `lr` (word `lr=1`). Did you mean `visual.optimizer.lr` or `audio.optimizer.lr` or `fusion.optimizer.lr`?",
+            "unknown key `lr` (word `lr=1`). Did you mean `visual.optimizer.lr` or `audio.optimizer.lr` or `fusion.optimizer.lr` "
+            "or `finetuning.optimizer.lr`?",
         ),
     ],
 )
@@ -144,7 +145,9 @@ def test_unknown_keys_get_the_nearest_right_one(word: str, line: str) -> None:
 
 
 def test_unknown_key_without_a_near_one_lists_the_keys() -> None:
-    assert mistake(["qqqq=1"]).endswith("Keys are: name, seed, stages, data, folds, engine, visual, audio, features, fusion, evaluate.")
+    assert mistake(["qqqq=1"]).endswith(
+        "Keys are: name, seed, stages, profile, data, folds, engine, visual, audio, features, fusion, finetune, finetuning, evaluate."
+    )
     assert nearest("qqqq", ["alpha", "beta.gamma"]) == "Keys are: alpha."
 
 
