@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -70,8 +71,10 @@ def bench(options: ScaleOptions, out: Path) -> Result:
         cells = (row["gpus"], f"{row['fold_hours']:.1f}", f"{row['fold_efficiency']:.2f}")
         table.append((*map(str, cells), f"{row['six_hours']:.1f}", str(row["side_by_side"]), f"{row['six_efficiency']:.2f}"))
     if submission:
-        text = f"{submission['seconds']} s, {submission['sbatch_calls']} sbatch call(s) for them"
-        table.append((f"submission of {submission['tasks']} tasks", text, "", "", "", ""))
+        text = submission.get("skipped") or (
+            f"{submission['seconds']} s ({submission['processor_seconds']} s of a core), {submission['sbatch_calls']} sbatch call(s)"
+        )
+        table.append((f"submitting {options.tasks} tasks", text, "", "", "", ""))
     values = {"formulas": FORMULAS, "inputs": inputs, "origin": origin, "sizes": sizes, "table": rows, "submission": submission}
     return Result(values, table)
 
@@ -163,16 +166,17 @@ def submit(options: ScaleOptions, out: Path) -> dict[str, Any]:
     log = out / "sweep" / "calls"
     door.write_text(f'#!/bin/bash\nbegan=$(date +%s.%N)\n"{real}" "$@"\ncode=$?\necho "$began $(date +%s.%N)" >>"{log}"\nexit $code\n')
     door.chmod(0o755)
-    seconds, sbatch = [], []
+    seconds, processor, sbatch = [], [], []
     for number in range(options.rounds):
         log.unlink(missing_ok=True)
         folder = out / "sweep" / f"run-{number}"
         words = [f"sweep={out}/sweep/sweep.yaml", f"site={out}/sweep/site.yaml", f"data.shards={shards}", f"out={folder}", "compare=false"]
         command = [sys.executable, "launch/submit_sweep.py", *words, "folds=[fold-1,fold-2,fold-3,fold-4,fold-5]"]
         environment = {**os.environ, "PATH": f"{door.parent}{os.pathsep}{os.environ['PATH']}"}
-        began = time.monotonic()
+        began, used = time.monotonic(), children_seconds()
         answer = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
         seconds.append(time.monotonic() - began)
+        processor.append(children_seconds() - used)
         if answer.returncode:
             raise RuntimeError(answer.stdout + answer.stderr)
         calls = [line.split() for line in log.read_text().splitlines()]
@@ -184,7 +188,14 @@ def submit(options: ScaleOptions, out: Path) -> dict[str, Any]:
         tasks = len(json.loads(next((folder / "jobs").glob("*/variants/tasks.json")).read_text())["tasks"])
         if len(known) < tasks:
             raise RuntimeError(f"{tasks} tasks were submitted and SLURM knows {len(known)}")
-    return {"tasks": tasks, "seconds": median(seconds), "rounds": seconds, "sbatch_calls": len(calls), "sbatch_seconds": median(sbatch)}
+    found = {"tasks": tasks, "seconds": median(seconds), "rounds": seconds, "processor_seconds": median(processor)}
+    return {**found, "sbatch_calls": len(calls), "sbatch_seconds": median(sbatch), "load_average": os.getloadavg()[0]}
+
+
+def children_seconds() -> float:
+    """Processor time of the children so far: what a submission takes on a machine that is not shared."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 if __name__ == "__main__":

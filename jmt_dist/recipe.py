@@ -239,7 +239,7 @@ def build(model: type[M], layers: Sequence[Layer], prefix: str = "") -> M:
     for layer in layers:
         checked = _checked(layer, model, prefix)
         try:
-            merged = OmegaConf.merge(merged, OmegaConf.create(checked))
+            merged.merge_with(OmegaConf.create(checked))  # in place: OmegaConf.merge would copy all of it for every word
         except (OmegaConfBaseException, RecursionError) as error:
             raise _unresolved(error, layer.origin) from None
     try:

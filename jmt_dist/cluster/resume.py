@@ -20,7 +20,7 @@ def resume(out: Path, wait: bool = False) -> int:
     if not runs:
         options = SubmitOptions(recipe=str(out / "recipe.yaml"), site=str(out / "site.yaml"), out=str(out), folds=folds, wait=wait)
         return submit.submit(options, load_recipe(options.recipe), load_site(options.site))
-    site = load_site(out / runs[-1] / "site.yaml")
+    site = load_site(out / "site.yaml")
     recipes = {name: load_recipe(out / name / "recipe.yaml") for name in runs}
     again = SweepOptions(sweep="", site="", out=str(out), folds=folds, wait=wait)
     return sweep.submit_recipes(again, recipes, out, site, RUN_FOLD, sweep.COMPARE)

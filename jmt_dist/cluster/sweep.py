@@ -8,6 +8,7 @@ import math
 import os
 import random
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -189,12 +190,13 @@ def _prepare(nodes: dict[str, Node], levels: list[list[Plan]], out: Path) -> lis
     from jmt_dist.cluster.snapshot import take_snapshot
 
     snapshot = take_snapshot(out)
+    dump(next(plan.site for level in levels for plan in level), out / "site.yaml")
     stamp = next(plan.submission for level in levels for plan in level)
     ready = [[replace(plan, snapshot=Path(snapshot.path), submission=stamp) for plan in level] for level in levels]
     for plan in (plan for level in ready for plan in level if plan.todo):
         submit.make_folder(plan.out)
         dump(plan.recipe, plan.out / "recipe.yaml")
-        dump(plan.site, plan.out / "site.yaml")
+        shutil.copyfile(out / "site.yaml", plan.out / "site.yaml")
         status.write_json(plan.out / "snapshot.json", status.read_json(out / "snapshot.json"))
         if tracking.sends(plan.site):
             tracking.prepare(plan, snapshot)

@@ -66,7 +66,7 @@ def watch(out: Path, lines: int, every: float = 5.0) -> int:
 
 def _print_logs(found: list[status.Row], lines: int) -> None:
     for row in found:
-        if row.state not in BAD or not row.log:
+        if row.state not in BAD or not row.log or not lines:
             continue
         last = status.last_lines(Path(row.log), lines)
         print(f"\n{row.fold}: {'the last lines of' if last else 'there is no log'} {row.log}{':' if last else ''}")
