@@ -61,6 +61,7 @@ class StepBench(Options):
     tries: Positive = Field(2, description="forwards at the paper's geometry, of which the median counts")
     threads: Positive = Field(2, description="torch's threads of a rank, and cores")
     stage_steps: Positive = Field(30, description="steps of each stage timed on one and on two ranks")
+    ranks: list[Positive] = Field([1, 2], min_length=1, description="numbers of ranks on which the stages are timed, the first one 1")
     before: str = Field("", description="a commit whose fusion step is timed in turn with this one's; empty: none")
     precision: str = Field("fp32", description="engine.precision of the fusion step")
 
@@ -144,7 +145,7 @@ def _checkout(commit: str) -> Iterator[Path | None]:
 
 def _words(options: StepBench, shards: Path) -> list[str]:
     steps = [f"{stage}.max_steps={options.stage_steps + 10}" for stage in ("visual", "audio", "fusion")]
-    steps += [f"{stage}.max_epochs=1000" for stage in ("visual", "audio", "fusion")]
+    steps += [f"{stage}.{word}=1000" for stage in ("visual", "audio", "fusion") for word in ("max_epochs", "patience")]
     return [f"data.shards={shards}", *steps, "features.offsets=[0]", "fusion.offsets_per_epoch=1", "fusion.validation_offsets=[0]",
             "evaluate.offsets=[0]", "fusion.seeds=[0]", "fusion.baselines=[]", "stages=[visual,audio,features,fusion]"]  # fmt: skip
 
@@ -152,7 +153,7 @@ def _words(options: StepBench, shards: Path) -> list[str]:
 def _stages(options: StepBench, out: Path, shards: Path) -> dict[str, Any]:
     """The demo's stages by launch/run_fold.py; medians over groups of ten steps, the first group left out."""
     found: dict[str, Any] = {}
-    for world in (1, 2):
+    for world in options.ranks:
         folder = out / f"stages-{world}"
         shutil.rmtree(folder, ignore_errors=True)
         _run_fold([*_words(options, shards), f"out={folder}", "site.cpus_per_rank=1"], world)
@@ -163,7 +164,8 @@ def _stages(options: StepBench, out: Path, shards: Path) -> dict[str, Any]:
                     stage = name.removesuffix(f"/{metric}")
                     found.setdefault(stage, {}).setdefault(f"ranks_{world}", {})[key] = median([value for _, value in points])
     for values in found.values():
-        values["ratio_2_ranks"] = median([values["ranks_2"]["steps_per_s"] / values["ranks_1"]["steps_per_s"]])
+        for world in options.ranks[1:]:
+            values[f"ratio_{world}_ranks"] = median([values[f"ranks_{world}"]["steps_per_s"] / values["ranks_1"]["steps_per_s"]])
     return found
 
 
@@ -179,7 +181,11 @@ def _run_fold(words: list[str], world: int) -> None:
     started = [
         subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=REPOSITORY) for rank in range(world)
     ]
-    codes = [process.wait() for process in started]
+    try:
+        codes = [process.wait() for process in started]
+    finally:
+        for process in started:
+            process.kill()  # of a benchmark that was stopped
     if any(codes):
         raise UserError(f"a fold on {world} ranks ended with exit codes {codes}", "What was printed above says why.")
 
@@ -270,9 +276,10 @@ def _table(values: dict[str, Any]) -> list[list[str]]:
                     [f"fusion step at batch {batch}, {side}", f"{sides[side]['wall']:g} ms ({sides[side]['cpu']:g} ms of processor)"]
                 )
     for stage, found in stages.items():
-        one, two = found["ranks_1"], found["ranks_2"]
-        rows.append([f"{stage}, steps/s on 1 and 2 ranks", f"{one['steps_per_s']:g}, {two['steps_per_s']:g}"])
-        rows.append([f"{stage}, waiting for data", f"{one['data_wait']:.1%}, {two['data_wait']:.1%}"])
+        for name, one in found.items():
+            if name.startswith("ranks_"):
+                world = name.removeprefix("ranks_")
+                rows.append([f"{stage} on {world} rank(s)", f"{one['steps_per_s']:g} steps/s, {one['data_wait']:.1%} waiting for data"])
     return [["question", "found"], *rows]
 
 

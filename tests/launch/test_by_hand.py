@@ -73,7 +73,7 @@ def test_killed_and_interrupted_by_hand_the_same_command_ends_with_the_same_tabl
     assert process.returncode == 0 and text.splitlines()[-1] == str(parts / "official"), text
     assert "visual: already done" in text and status(parts)["state"] == "done"
     # and the stages one by one, by as many commands, lead to the same
-    for stages in ("visual,audio", "features", "fusion", "evaluate"):
+    for stages in ("visual,audio,features", "fusion", "evaluate"):
         process = start(tmp_path, whole, f"stages=[{stages}]")
         text, _ = process.communicate(timeout=240)
         assert process.returncode == 0, text
