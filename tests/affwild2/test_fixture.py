@@ -263,7 +263,7 @@ LEARNT = (
 
 def test_what_is_learnt_does_not_change_with_what_is_added() -> None:
     """No gotcha may move a random stream of the ordinary units."""
-    plain, every = (plan_fixture(FixtureOptions(out="-", test_units=0, gotchas=gotchas)) for gotchas in ("none", "all"))  # type: ignore[arg-type]
+    plain, every = (plan_fixture(FixtureOptions(out="-", test_units=0, gotchas=gotchas)) for gotchas in ("none", "all"))
     assert every[: len(plain)] == plain
     assert stream(0, "837", "levels", 3).integers(0, 10**9, 3).tolist() == [666309597, 624741966, 514720263]
     for place, *wanted in LEARNT:
