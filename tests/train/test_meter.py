@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,11 +18,13 @@ from jmt_dist.errors import UserError
 from jmt_dist.model.batchnorm import prepare
 from jmt_dist.model.heads import AudioModel, VisualModel
 from jmt_dist.model.zoo import make_fusion
+from jmt_dist.track import names
 from jmt_dist.train.ccc import Loss
 from jmt_dist.train.engine import autocast, make_optimizer
 from jmt_dist.train.forecast import Forecast
 from jmt_dist.train.lean import clip_before_steps
 from jmt_dist.train.meter import Meter
+from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[3, 1, 2, 0], [4, 0, 0, 0]])
@@ -51,6 +55,38 @@ def test_a_loss_that_is_no_number_names_the_first_such_step_and_its_samples(valu
 
 def test_only_a_cpu_reads_at_once() -> None:
     assert not Meter("toy", CPU).deferred and Meter("toy", torch.device("cuda")).deferred
+
+
+def both_ways(rank: int, folder: Path) -> tuple[Any, Any, str, list[str]]:
+    """A run that reads its losses at once, one that reads them late, and what is left of one whose loss becomes NaN after step 3."""
+    from jmt_dist.train import stage
+    from tests.train.test_stage import Net, run
+
+    at_once = run(rank, folder / "at-once", 1, 0)
+    stage.Meter = partial(Meter, deferred=True)  # type: ignore[misc]
+    late = run(rank, folder / "late", 1, 0)
+    forward, calls = Net.forward, [0]
+
+    def broken(self: Any, x: torch.Tensor) -> torch.Tensor:
+        calls[0] += 1
+        return forward(self, x) * (math.nan if calls[0] > 4 else 1)  # the first call is the forecast's
+
+    Net.forward = broken  # type: ignore[method-assign]
+    try:
+        run(rank, folder / "nan", 1, 0)
+    except UserError as error:
+        return at_once, late, str(error), [path.name for path in (folder / "nan").glob("checkpoints/step-*")]
+    return at_once, late, "", []
+
+
+def test_losses_read_late_make_the_same_run_and_nothing_is_saved_after_one_that_is_no_number(tmp_path: Path) -> None:
+    at_once, late, refusal, saved = run_ranks(1, both_ways, tmp_path)[0]
+    assert late["result"] == at_once["result"]
+    pace = (names.WAIT, names.SPEED)
+    logged = [[point for point in each["logged"] if not point[0].endswith(pace)] for each in (at_once, late)]
+    assert logged[0] == logged[1] and any(name.endswith(names.LOSS) for name, _, _ in logged[0])
+    assert "the loss is nan at step 4" in refusal and "the last checkpoint is untouched" in refusal
+    assert saved == ["step-00000002"]  # a save is due every two steps: the one of step 4 has found the loss
 
 
 def test_waiting_counts_the_loader_alone(monkeypatch: pytest.MonkeyPatch) -> None:
