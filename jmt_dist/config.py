@@ -23,6 +23,7 @@ Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 # YAML reads `time: 90` and `account: 1234` as numbers; here they are words
 Word = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+Phases = Annotated[list[Annotated[int, Field(ge=0, le=3)]], Field(min_length=1)]
 Offsets = Annotated[list[Annotated[int, Field(ge=0, le=7)]], Field(min_length=1)]
 
 
@@ -95,6 +96,7 @@ class TrainOptions(Options):
     max_epochs: Positive = Field(50, description="passes over the training samples at most")
     max_steps: Count = Field(0, description="optimiser steps at most; 0 = no limit")
     patience: Positive = Field(5, description="epochs without a better validation score before the stage stops")
+    phases: Phases = Field([0, 1, 2, 3], description="phases of the training segments used: [0] is a quarter of the samples")
     offsets_per_epoch: Annotated[int, Field(ge=1, le=8)] = Field(1, description="offsets of each sample used in one epoch")
     validation_offsets: Offsets = Field([0], description="offsets of the validation samples that give the early-stopping score")
     save_steps: Count = Field(200, description="steps between checkpoints within an epoch; 0 = at epoch ends only")
@@ -201,6 +203,9 @@ class Recipe(Options):
 
     name: str = Field("paper", description="name of the experiment in MLflow and in tables", min_length=1)
     seed: Count = Field(0, description="seed of initialisation, order, augmentation and dropout")
+    label: Literal["end", "middle"] = Field(
+        "end", description="frame of a clip that its label and its prediction belong to: the last, or the fifth of its eight"
+    )
     stages: Annotated[list[Stage], Field(min_length=1)] = Field(
         ["visual", "audio", "features", "fusion", "evaluate"], description="stages to run, in their fixed order"
     )

@@ -120,6 +120,7 @@ class FeatureSet:
     ident: NDArray[np.int32]
     offsets: tuple[int, ...]
     places: tuple[int, ...] = ()
+    back: int = 0  # `geometry.LABEL_BACK` of the recipe's label position
 
     def __post_init__(self) -> None:
         if not self.places:
@@ -127,7 +128,10 @@ class FeatureSet:
 
     def va(self) -> NDArray[np.float32]:
         """Labels [S, O, 8, 2] of the clips of the offsets."""
-        by_offset = self.labels.reshape(-1, CLIPS, OFFSETS, 2).swapaxes(1, 2)
+        labels = self.labels
+        if self.back:
+            labels = np.concatenate([np.full_like(labels[:, : self.back], np.nan), labels[:, : -self.back]], axis=1)
+        by_offset = labels.reshape(-1, CLIPS, OFFSETS, 2).swapaxes(1, 2)
         return by_offset[:, list(self.offsets)]
 
     def take(self, samples: NDArray[np.int64], offsets: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -138,6 +142,17 @@ class FeatureSet:
     def select(self, offsets: Sequence[int]) -> FeatureSet:
         """The same samples at some of the stored offsets; nothing is copied."""
         return replace(self, offsets=tuple(offsets), places=tuple(self.places[self.offsets.index(offset)] for offset in offsets))
+
+    def of_phases(self, phases: Sequence[int]) -> FeatureSet:
+        """The samples of some phases. Raises UserError where there are none."""
+        chosen = np.flatnonzero(np.isin(self.ident[:, 2], list(phases)))
+        if not len(chosen):
+            raise UserError(f"no sample is of phases {list(phases)}", "Units of fewer rows than four do not have all phases: add phase 0.")
+        visual, audio = (
+            Rows(rows.files, rows.file[chosen], rows.row[chosen]) if isinstance(rows, Rows) else rows[chosen]
+            for rows in (self.visual, self.audio)
+        )
+        return replace(self, visual=visual, audio=audio, labels=self.labels[chosen], ident=self.ident[chosen])
 
 
 def read_features(folder: Path, part: str, mmap: bool = True) -> FeatureSet:

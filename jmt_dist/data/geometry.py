@@ -21,6 +21,8 @@ RATE = 44_100  # audio samples per second
 WINDOW = 47_040  # audio samples of a clip: 32 frames at 30 fps
 MEL_BINS, MEL_COLUMNS = 64, 107  # a clip's log-mel spectrogram
 
+LABEL_BACK = {"end": 0, "middle": 3}  # frames of a clip, 4 source frames each, from its end back to the one whose label it has
+
 
 def samples_of(rows: int) -> list[tuple[int, int]]:
     """All (segment m, phase p) of a unit of `rows` label rows: those with 256 m + 1 + p <= rows."""

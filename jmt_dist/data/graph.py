@@ -105,7 +105,6 @@ def graph(
     if train:
         q = fn.random.uniform(values=list(range(OFFSETS)), dtype=types.INT32, seed=own + 1)
         numbers = [q + OFFSETS * j for j in range(CLIPS)]  # n of ends[n]: the 8 clip ends of subsequence q
-        va = fn.stack(*[fn.reshape(fn.slice(va, n, 1, axes=[0]), shape=[2]) for n in numbers])
         outputs += [va, q]
     else:
         numbers = [offset + OFFSETS * j for offset in offsets for j in range(CLIPS)]

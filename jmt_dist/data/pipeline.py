@@ -7,13 +7,13 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from jmt_dist.config import DataOptions
-from jmt_dist.data.geometry import CLIP_FRAMES, CLIPS, OFFSETS, SIZE, SUBSEQUENCE
+from jmt_dist.data.geometry import CLIP_FRAMES, CLIPS, LABEL_BACK, OFFSETS, SIZE, SUBSEQUENCE
 from jmt_dist.data.graph import graph, names
 from jmt_dist.data.redivide import consumed, write_rest
 from jmt_dist.data.shards import ShardSet
@@ -58,6 +58,7 @@ class ClipLoader:
         size: int = SIZE,
         crop: int = SIZE,
         flip: bool = False,
+        label: Literal["end", "middle"] = "end",
         device: torch.device | None = None,
     ) -> None:
         if shards.samples < world:
@@ -70,7 +71,7 @@ class ClipLoader:
         }  # fmt: skip
         self.steps = self._steps(shards.samples)
         self.epoch = self.done = 0  # where training is: this epoch, after so many of its steps
-        self._draw = seed
+        self._draw, self._back = seed, LABEL_BACK[label]
         self._seen: list[Tensor] = []  # samples of the batches of this epoch
         self._before = torch.empty(0, 3, dtype=torch.int32)  # samples of this epoch that another number of ranks has had
         self._restored: bytes | None = None
@@ -133,8 +134,9 @@ class ClipLoader:
                 self._forget()
                 self._before = self._before[:0]
         batch["q"] = batch["q"].flatten()
+        numbers = batch["q"][:, None] + OFFSETS * torch.arange(CLIPS, device=batch["q"].device)
+        batch["va"] = self._labels(batch["va"])[torch.arange(len(numbers), device=numbers.device)[:, None], numbers]
         if "pcm" in batch:
-            numbers = batch["q"][:, None] + OFFSETS * torch.arange(CLIPS)
             batch["mel"] = spectrograms(batch.pop("pcm"), batch.pop("ends").gather(1, numbers))
         return {name: value.to(self.device) for name, value in batch.items()}
 
@@ -157,10 +159,16 @@ class ClipLoader:
         count, offsets = len(batch["id"]), len(self.offsets)
         # row n = q + 8 j of the member, so [8 j, 8 q] transposed
         batch["labels"] = batch["va"]
-        batch["va"] = batch["va"].view(count, CLIPS, OFFSETS, 2).transpose(1, 2)[:, list(self.offsets)]
+        batch["va"] = self._labels(batch["va"]).view(count, CLIPS, OFFSETS, 2).transpose(1, 2)[:, list(self.offsets)]
         if "mel" in batch:
             batch["mel"] = batch["mel"].unflatten(1, (offsets, CLIPS))
         return batch
+
+    def _labels(self, va: Tensor) -> Tensor:
+        """Labels [B, 64, 2] of the clips n, from those of their end frames; none where that frame lies before the first end."""
+        if self._back == 0:
+            return va
+        return torch.cat([torch.full_like(va[:, : self._back], math.nan), va[:, : -self._back]], dim=1)
 
     def _job(self) -> dict[str, Any]:
         hashes = {"manifest_hash": self.shards.manifest_hash, "index_hash": self.shards.index_hash}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -45,10 +45,22 @@ def write_rest(shards: ShardSet, had: Tensor, ranks: int, folder: Path) -> Shard
     """
     manifest = read_manifest(shards.tars[0].parent)
     names = {(manifest.units[unit].name, m, p) for unit, m, p in had.tolist()}
+    return _write(shards, lambda key: key not in names, ranks, folder)
+
+
+def write_phases(shards: ShardSet, phases: Sequence[int], folder: Path) -> ShardSet:
+    """The samples of `shards` of some phases, as new index files in `folder`. Raises UserError where there are none."""
+    chosen = _write(shards, lambda key: key[2] in phases, 0, folder)
+    if not chosen.tars:
+        raise UserError(f"no sample is of phases {list(phases)}", "Units of fewer rows than four do not have all phases: add phase 0.")
+    return chosen
+
+
+def _write(shards: ShardSet, keep: Callable[[tuple[str, int, int]], bool], ranks: int, folder: Path) -> ShardSet:
     left: list[tuple[Path, Entry]] = []
     for tar, index in zip(shards.tars, shards.indexes, strict=True):
         entries = parse_index(index.read_text(encoding="ascii"))
-        left += [(tar, entry) for entry in entries if parse_key(entry.key) not in names]
+        left += [(tar, entry) for entry in entries if keep(parse_key(entry.key))]
     left += islice(cycle(left), max(0, ranks - len(left)))
     by_tar: dict[Path, list[Entry]] = {}  # a tar without a sample does not appear: DALI fails on an empty index
     for tar, entry in left:

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from jmt_dist.data.geometry import CLIPS, OFFSETS, SEGMENT, end_frames
+from jmt_dist.data.geometry import CLIPS, LABEL_BACK, OFFSETS, SEGMENT, STEP, end_frames
 from jmt_dist.errors import UserError
 
 Rows = NDArray[np.float32]
@@ -35,13 +36,16 @@ class UnitPrediction:
     labels: Rows
 
 
-def dense(va: ArrayLike, ids: ArrayLike, offsets: Sequence[int], units: Iterable[UnitRows]) -> dict[str, Rows]:
+def dense(
+    va: ArrayLike, ids: ArrayLike, offsets: Sequence[int], units: Iterable[UnitRows], label: Literal["end", "middle"] = "end"
+) -> dict[str, Rows]:
     """One prediction [rows, 2] for every frame of every unit.
 
     `va` [S, O, 8, 2]: predictions of S samples at O offsets, for 8 clips; `ids` [S, 4]: unit index, m, p, strip mode;
-    `offsets` [O]. The prediction of clip (q, j) belongs to the frame it ends at (geometry.clip_end); ends past the
-    unit's last row are left out. With all 8 offsets every frame is predicted exactly once; else the frames between
-    are interpolated linearly, and those before the first or after the last take the nearest.
+    `offsets` [O]. The prediction of clip (q, j) belongs to the frame it ends at (geometry.clip_end), or with `label="middle"`
+    to its fifth of eight; frames outside the unit are left out. With all 8 offsets every frame is predicted exactly once (but for
+    the last 12 of a unit in the latter case); else the frames between are interpolated linearly, and those before the first or
+    after the last take the nearest.
 
     Raises UserError: a unit without any prediction (a test unit too), a prediction that is not a number, a sample of
     a unit that is not asked for, a frame predicted twice.
@@ -57,6 +61,7 @@ def dense(va: ArrayLike, ids: ArrayLike, offsets: Sequence[int], units: Iterable
         )
     clip = np.asarray(offsets, np.int64)[:, None] + OFFSETS * np.arange(CLIPS)  # [O, 8]
     ends = end_frames(0, 0)[clip][None] + (SEGMENT * keys[:, 1] + keys[:, 2])[:, None, None]  # [S, O, 8]
+    ends -= STEP * LABEL_BACK[label]
     order = np.argsort(keys[:, 0], kind="stable")
     sorted_units = keys[order, 0]
     result: dict[str, Rows] = {}
@@ -67,7 +72,7 @@ def dense(va: ArrayLike, ids: ArrayLike, offsets: Sequence[int], units: Iterable
 
 
 def _fill(unit: UnitRows, ends: NDArray[np.int64], va: Rows) -> Rows:
-    inside = ends <= unit.rows
+    inside = (ends >= 1) & (ends <= unit.rows)
     frames, va = ends[inside], va[inside]
     if not len(frames):
         raise UserError(f"unit {unit.name} has no prediction", "Pack the shards again: every unit must have at least one sample.")

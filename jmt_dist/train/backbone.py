@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from jmt_dist.data.geometry import CLIPS
+from jmt_dist.data.geometry import CLIPS, PHASES
+from jmt_dist.data.passes import Passes
 from jmt_dist.data.pipeline import ClipLoader, clips
+from jmt_dist.data.redivide import write_phases
+from jmt_dist.data.shards import ShardSet
 from jmt_dist.model.batchnorm import prepare
 from jmt_dist.model.heads import AudioModel, VisualModel
 from jmt_dist.model.weights import load_initial
 from jmt_dist.train.division import micro_batch
 from jmt_dist.train.engine import input_type
 from jmt_dist.train.plan import FoldPlan
-from jmt_dist.train.ranks import rank, world
+from jmt_dist.train.ranks import from_first, rank, world
 from jmt_dist.train.stage import Batch, Stage
 
 
@@ -59,6 +64,19 @@ def audio_stage(plan: FoldPlan) -> Stage:
     return _stage(plan, "audio", model, {"streams": ("audio",)}, dense, predict, validate)
 
 
+def training_shards(plan: FoldPlan, folder: Path, phases: Sequence[int]) -> ShardSet:
+    """The training samples of some phases; where they are not all, their index files lie in the stage's folder. Collective."""
+    shards = plan.parts["train"]
+    if set(phases) == set(range(PHASES)):
+        return shards
+    chosen = folder / "phases"
+    if rank() == 0:
+        shutil.rmtree(chosen, ignore_errors=True)
+        chosen.mkdir()
+    found: ShardSet = from_first(write_phases(shards, phases, chosen) if rank() == 0 else None)
+    return found
+
+
 def _initial(plan: FoldPlan, name: str, make: Any, options: Any) -> nn.Module:
     """The stage's model with its initial weights, its BatchNorm as the recipe wants it."""
     model = plan.model(lambda: make(options), name, options.seed)
@@ -73,7 +91,9 @@ def _stage(
 ) -> Stage:
     options = plan.recipe.visual if name == "visual" else plan.recipe.audio
     micro = micro_batch(name, options.batch, world(), options.accumulation)
-    common: dict[str, Any] = {"data": plan.recipe.data, "rank": rank(), "world": world(), "device": plan.device}
+    common: dict[str, Any] = {
+        "data": plan.recipe.data, "label": plan.recipe.label, "rank": rank(), "world": world(), "device": plan.device
+    }  # fmt: skip
     seed = plan.seed(name, options.seed)
 
     def validation() -> Iterator[Batch]:
@@ -86,7 +106,10 @@ def _stage(
         model=model,
         options=options,
         micro_batch=micro,
-        loader=ClipLoader(plan.parts["train"], batch=micro, seed=seed, **common, **training),
+        loader=Passes(
+            ClipLoader(training_shards(plan, plan.folder / name, options.phases), batch=micro, seed=seed, **common, **training),
+            options.offsets_per_epoch,
+        ),
         predict=predict,
         validation=validation,
         validate=validate,

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from jmt_dist.data.features import FeatureSet, read_features
+from jmt_dist.data.passes import Passes
 from jmt_dist.data.pipeline import ClipLoader, clips
 from jmt_dist.errors import UserError
 from jmt_dist.model.batchnorm import prepare
 from jmt_dist.model.zoo import make_fusion
+from jmt_dist.train.backbone import training_shards
 from jmt_dist.train.division import micro_batch
 from jmt_dist.train.engine import input_type
 from jmt_dist.train.extract import trained_backbones, write_features
@@ -67,7 +69,8 @@ def finetune_stage(plan: FoldPlan, seed: int) -> Stage:
     kind = input_type(recipe.engine)
     micro = micro_batch("finetuning", options.batch, world(), options.accumulation)
     own = plan.seed("finetune", options.seed + seed)
-    common: dict[str, Any] = {"data": recipe.data, "rank": rank(), "world": world(), "device": plan.device, "size": recipe.visual.size}
+    place: dict[str, Any] = {"data": recipe.data, "rank": rank(), "world": world(), "device": plan.device}
+    common = {**place, "label": recipe.label, "size": recipe.visual.size}
 
     def predict(net: nn.Module, batch: Batch, draw: torch.Generator) -> tuple[Tensor, Tensor]:
         return net(clips(batch["frames"]).to(kind), batch["mel"].to(kind)), batch["va"]
@@ -87,8 +90,12 @@ def finetune_stage(plan: FoldPlan, seed: int) -> Stage:
         model=prepare(plan.model(lambda: trained_parts(plan, seed), "finetune", seed), options.batchnorm),
         options=options,
         micro_batch=micro,
-        loader=ClipLoader(
-            plan.parts["train"], batch=micro, seed=own, crop=recipe.visual.crop, flip=recipe.visual.flip, **common
+        loader=Passes(
+            ClipLoader(
+                training_shards(plan, finetune_folder(plan, seed), options.phases),
+                batch=micro, seed=own, crop=recipe.visual.crop, flip=recipe.visual.flip, **common,
+            ),
+            options.offsets_per_epoch,
         ),
         predict=predict,
         validation=validation,

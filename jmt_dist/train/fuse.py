@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from jmt_dist.config import FusionModel
 from jmt_dist.data.features import FeatureLoader, FeatureSet, read_features
+from jmt_dist.data.geometry import LABEL_BACK
 from jmt_dist.errors import UserError
 from jmt_dist.model.zoo import make_fusion
 from jmt_dist.train.division import usable_ranks
@@ -32,7 +34,7 @@ def stored_features(plan: FoldPlan, part: str) -> FeatureSet:
     folder = plan.folder / "features"
     if finished(folder, plan.key("features")) is None:
         raise UserError(f"{folder} holds no features of this recipe", "Run the stages visual, audio and features first.")
-    return read_features(folder, part, plan.recipe.data.mmap)
+    return replace(read_features(folder, part, plan.recipe.data.mmap), back=LABEL_BACK[plan.recipe.label])
 
 
 def fusion_stage(plan: FoldPlan, model: FusionModel, seed: int, train: FeatureSet, validation: FeatureSet) -> Stage:
@@ -63,8 +65,8 @@ def fusion_stage(plan: FoldPlan, model: FusionModel, seed: int, train: FeatureSe
         options=options,
         micro_batch=options.batch // (ranks * options.accumulation),
         loader=FeatureLoader(
-            train, batch=options.batch // options.accumulation, passes=options.offsets_per_epoch, seed=own, rank=rank(), ranks=ranks,
-            device=plan.device,
+            train.of_phases(options.phases), batch=options.batch // options.accumulation, passes=options.offsets_per_epoch, seed=own,
+            rank=rank(), ranks=ranks, device=plan.device,
         ),
         predict=predict,
         validation=batches,

@@ -57,7 +57,8 @@ class FoldPlan:
         if stage in ("visual", "audio"):
             options: VisualOptions | AudioOptions = recipe.visual if stage == "visual" else recipe.audio
             data = {part: self.parts[part].index_hash for part in ("train", "validation")}
-            return make_key(stage, options.model_dump(), recipe.engine.model_dump(), recipe.seed, data, self._manifest(), digest(options))
+            settings = options.model_dump(), recipe.engine.model_dump(), recipe.seed, recipe.label
+            return make_key(stage, *settings, data, self._manifest(), digest(options))
         if stage == "features":
             data = {part: shards.index_hash for part, shards in self.parts.items()}
             stored = (recipe.features.offsets, recipe.features.dtype, recipe.engine.precision)

@@ -104,7 +104,8 @@ def _predict(plan: FoldPlan, net: nn.Module, features: FeatureSet) -> Rows:
     chosen = features.select(offsets)
     with autocast(plan.recipe.engine.precision, plan.device):
         va = predict_all(net.to(plan.device), chosen, plan.device)
-    return {name: np.clip(rows, -1, 1) for name, rows in dense(va, chosen.ident, offsets, _units(plan, chosen)).items()}
+    found = dense(va, chosen.ident, offsets, _units(plan, chosen), plan.recipe.label)
+    return {name: np.clip(rows, -1, 1) for name, rows in found.items()}
 
 
 def _join(rows: Mapping[str, NDArray[Any]], units: list[UnitRows]) -> NDArray[Any]:

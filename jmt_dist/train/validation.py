@@ -49,5 +49,5 @@ def _blank(batch: Batch | None, device: torch.device) -> Batch:
     mine = {name: (tuple(value.shape[1:]), value.dtype) for name, value in batch.items()} if batch is not None else None
     forms: list[Any] = [None] * world()
     dist.all_gather_object(forms, mine)
-    form = next((form for form in forms if form is not None), {})
+    form: dict[str, Any] = next((form for form in forms if form is not None), {})
     return {name: torch.zeros(1, *shape, dtype=kind, device=device) for name, (shape, kind) in form.items()}
