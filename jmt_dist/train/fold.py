@@ -26,6 +26,8 @@ from jmt_dist.train.stage import Stage, Surroundings, done, finished, train
 from jmt_dist.train.trouble import damage, explain
 from jmt_dist.train.watch import Watch
 
+READ_SHARDS = ("visual", "audio", "features")
+
 
 def run_fold(recipe: Recipe, site: Site, fold: str, out: Path) -> None:
     """Run the recipe's stages of one fold in `<out>/<fold>`; stages that are done with the same key are skipped.
@@ -68,6 +70,8 @@ def _run_stage(name: str, plan: FoldPlan, spool: Spool) -> None:
     plan.around.watch.beat(f"{name}, before its first batch")
     try:
         _between(plan)
+        if plan.site.staging and name in READ_SHARDS and ranks.from_first(finished(plan.folder / name, plan.key(name)) is None):
+            plan.stage_in()  # not for stages that are done or linked: a sweep's variants read no shard
         _STAGES[name](plan, spool)
     except Exception as error:
         explained = explain(error, plan, name)

@@ -15,7 +15,8 @@ from torch import nn
 
 from jmt_dist.config import AudioOptions, FusionModel, Recipe, Site, VisualOptions
 from jmt_dist.data.pipeline import derive_seed
-from jmt_dist.data.shards import MANIFEST, Manifest, ShardSet, fold_shards, open_shards
+from jmt_dist.data.shards import Manifest, ShardSet, fold_shards, open_shards
+from jmt_dist.data.staging import stage_in, staged, staging_folder
 from jmt_dist.errors import UserError
 from jmt_dist.model.weights import digest
 from jmt_dist.train.ranks import barrier, from_first, rank
@@ -84,6 +85,18 @@ class FoldPlan:
         """The seed of a stage: streams of different stages never meet."""
         return derive_seed(stage, self.recipe.seed, more)
 
+    def stage_in(self) -> None:
+        """From now on the fold's shards are read from copies on the node's own disk, made once per node (site.staging). Collective."""
+        folder = staging_folder(self.site.staging, self.manifest)
+        if self.parts["train"].tars[0].parent == folder:
+            return
+        with self.around.watch.paused():
+            if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+                copied = sum(stage_in(shards, self.manifest, folder) for shards in self.parts.values())
+                print(f"{self.fold}: shards are read from {folder}, {copied / 2**30:.2f} GB copied now", flush=True)
+            barrier()
+        self.parts.update({name: staged(shards, folder) for name, shards in self.parts.items()})
+
     def model(self, make: Any, stage: str, more: int = 0) -> nn.Module:
         """A module made with the initialisation stream of a stage, equal on every rank."""
         torch.manual_seed(derive_seed("init", self.seed(stage, more)))
@@ -97,26 +110,7 @@ def open_parts(recipe: Recipe, site: Site, fold: str) -> tuple[Manifest, dict[st
     manifest = open_shards(folder)
     names = ["train", "validation", *(["test"] if recipe.evaluate.test else [])]
     parts = {name: fold_shards(folder, recipe.folds, fold, name) for name in names}  # type: ignore[arg-type]
-    return manifest, {name: _stage_in(shards, site) for name, shards in parts.items()}
-
-
-def _stage_in(shards: ShardSet, site: Site) -> ShardSet:
-    """Copies of the tars on node-local storage, made once per node (site.staging)."""
-    if not site.staging:
-        return shards
-    target = Path(os.path.expandvars(site.staging)) / shards.manifest_hash[:16]
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        target.mkdir(parents=True, exist_ok=True)
-        for tar in (*shards.tars, shards.tars[0].parent / MANIFEST):
-            copy = target / tar.name
-            if not copy.is_file() or copy.stat().st_size != tar.stat().st_size:
-                part = copy.with_suffix(f".{os.getpid()}.tmp")  # several jobs may stage on one node at once
-                shutil.copyfile(tar, part)
-                os.replace(part, copy)
-    barrier()
-    return ShardSet(
-        tuple(target / tar.name for tar in shards.tars), shards.indexes, shards.samples, shards.manifest_hash, shards.index_hash
-    )
+    return manifest, parts
 
 
 def claim(folder: Path, key: str) -> None:

@@ -57,7 +57,8 @@ def fold(folder: Path, precision: str) -> dict[str, int]:
     words += ["visual.batch=2", "audio.batch=2", "features.batch=3", "fusion.batch=4", "fusion.seeds=[0]", "fusion.baselines=[visual]"]
     words += ["visual.max_steps=2", "audio.max_steps=2", "fusion.max_epochs=1", "evaluate.offsets=[1]", "features.offsets=[1]"]
     words += ["fusion.validation_offsets=[1]", "fusion.offsets_per_epoch=1"]
-    run_fold(load_recipe(RECIPE, words), load_site(None), "official", folder / "out")
+    site = [f"staging={folder}/local"] if precision == "fp32" else []
+    run_fold(load_recipe(RECIPE, words), load_site(None, site), "official", folder / "out")
     results = (path for name in ("best.safetensors", "metrics.json", "done.json") for path in (folder / "out").rglob(name))
     return {str(path): path.stat().st_mtime_ns for path in results}
 
@@ -77,6 +78,8 @@ def test_a_fold_runs_from_shards_to_metrics_and_is_not_repeated(place: Path, tmp
     if precision == "autocast":  # begun by two ranks, finished by one
         assert all(run_ranks(2, stopped, tmp_path, precision))
     first, second = run_ranks(world, folds, tmp_path, precision)[0]
+    copies = {path.name: path.stat().st_size for path in (tmp_path / "local").glob("jmt-*/*.tar")}
+    assert copies == ({path.name: path.stat().st_size for path in (place / "shards").glob("*.tar")} if precision == "fp32" else {})
     assert second == first and len(first) == 4 + 1 + 6  # of two backbones, two fusions; of them, features and evaluate
     official = tmp_path / "out" / "official"
     metrics = json.loads((official / "metrics.json").read_text())
