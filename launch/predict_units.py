@@ -102,9 +102,9 @@ def _filters(options: PredictOptions) -> tuple[Any, Any]:
 
 def _new(options: PredictOptions) -> int:
     import numpy as np
+
     from jmt_dist.evaluate.estimator import load_estimator
     from jmt_dist.evaluate.material import read_material
-
     from jmt_dist.evaluate.predict import UnitPrediction
 
     estimator = load_estimator(Path(options.out), (options.folds or ["official"])[0], options.model, options.seed)

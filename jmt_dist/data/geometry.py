@@ -19,6 +19,9 @@ STRIP = SUBSEQUENCE + OFFSETS - 1  # frames of a strip
 SIZE = 112  # side of a face crop in pixels
 RATE = 44_100  # audio samples per second
 WINDOW = 47_040  # audio samples of a clip: 32 frames at 30 fps
+# Kinetics-400 statistics that torchvision's R(2+1)D weights were trained with, on the 0..255 scale
+MEAN = [255 * value for value in (0.43216, 0.394666, 0.37645)]
+STD = [255 * value for value in (0.22803, 0.22145, 0.216989)]
 MEL_BINS, MEL_COLUMNS = 64, 107  # a clip's log-mel spectrogram
 
 LABEL_BACK = {"end": 0, "middle": 3}  # frames of a clip, 4 source frames each, from its end back to the one whose label it has

@@ -8,13 +8,9 @@ from typing import Any
 import torch
 
 from jmt_dist.config import DataOptions
-from jmt_dist.data.geometry import CLIPS, OFFSETS, RATE, SIZE, STRIP, SUBSEQUENCE, WINDOW
+from jmt_dist.data.geometry import CLIPS, MEAN, OFFSETS, RATE, SIZE, STD, STRIP, SUBSEQUENCE, WINDOW
 from jmt_dist.data.shards import ShardSet
 from jmt_dist.data.sound import HANN, HOP, MEL_MEAN, MEL_STD, MELS, N_FFT, TOP_DB
-
-# Kinetics-400 statistics that torchvision's R(2+1)D weights were trained with, on the 0..255 scale
-MEAN = [255 * value for value in (0.43216, 0.394666, 0.37645)]
-STD = [255 * value for value in (0.22803, 0.22145, 0.216989)]
 
 
 def log_mel(wave: Any) -> Any:

@@ -17,8 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from jmt_dist.config import DataOptions, FoldOptions
-from jmt_dist.data.geometry import SIZE, STRIP
-from jmt_dist.data.graph import MEAN, STD
+from jmt_dist.data.geometry import MEAN, SIZE, STD, STRIP
 from jmt_dist.data.pipeline import ClipLoader, clips
 from jmt_dist.data.sample import Sample
 from jmt_dist.data.shards import ShardSet, fold_shards

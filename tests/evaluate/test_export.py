@@ -7,7 +7,7 @@ import torch
 from jmt_dist.config import FusionOptions
 from jmt_dist.errors import UserError
 from jmt_dist.evaluate import export
-from jmt_dist.evaluate.export import export_fusion, parity
+from jmt_dist.evaluate.export import export_onnx, parity
 from jmt_dist.model.zoo import make_fusion
 
 
@@ -15,14 +15,14 @@ from jmt_dist.model.zoo import make_fusion
 def jmt(tmp_path_factory):
     torch.manual_seed(3)
     model = make_fusion(FusionOptions())
-    path = export_fusion(model, tmp_path_factory.mktemp("export") / "new" / "jmt.onnx", {"fold": "official", "seed": "0"})
+    path = export_onnx(model, tmp_path_factory.mktemp("export") / "new" / "jmt.onnx", notes={"fold": "official", "seed": "0"})
     return model, path
 
 
 def test_a_recurrent_model_gives_the_same_numbers(tmp_path):
     torch.manual_seed(1)
     model = make_fusion(FusionOptions(), "lstm")
-    path = export_fusion(model, tmp_path / "lstm.onnx")
+    path = export_onnx(model, tmp_path / "lstm.onnx")
     assert parity(model, path) < 1e-5
     assert [p.name for p in tmp_path.iterdir()] == ["lstm.onnx"]  # one file, no scratch, no weights beside it
 
@@ -57,7 +57,7 @@ def test_what_is_missing_is_said(jmt, tmp_path, monkeypatch):
     find = export.importlib.util.find_spec
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if name in ("onnxscript", "onnxruntime") else find(name))
     with pytest.raises(UserError, match="needs the package onnxscript"):
-        export_fusion(model, tmp_path / "x.onnx")
+        export_onnx(model, tmp_path / "x.onnx")
     assert parity(model, path) is None
 
 
@@ -68,5 +68,5 @@ class Branching(torch.nn.Module):
 
 def test_a_model_that_cannot_be_exported_gives_one_line(tmp_path):
     with pytest.raises(UserError, match="Branching cannot be exported"):
-        export_fusion(Branching(), tmp_path / "x.onnx")
+        export_onnx(Branching(), tmp_path / "x.onnx")
     assert not list(tmp_path.iterdir())
