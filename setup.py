@@ -43,6 +43,7 @@ setup(
         "onnx>=1.17",
         "rich>=13",
         "matplotlib>=3.9",
+        "plotly>=6",  # brings plotly.js, which the report holds
         "ninja>=1.11",
         "setuptools",
     ],
@@ -54,6 +55,7 @@ setup(
             "librosa>=0.10",
             "onnxruntime>=1.20",
             "onnxscript>=0.5",
+            "playwright>=1.49",  # drives the distribution's Chromium, and downloads none
             "ruff>=0.8",
             "mypy>=1.13",
             "types-PyYAML",

@@ -16,7 +16,7 @@ from jmt_dist.track.replay import replay
 from jmt_dist.track.results import record_results
 from jmt_dist.track.spool import Spool, read_metrics, read_records
 from jmt_dist.track.tracker import Tracker, create_child
-from tests.track.runfolder import make_fold
+from tests.report.runfolder import make_fold
 
 RECIPE = build(Recipe, [word_layer("name=paper"), word_layer("fusion.batch=4")]).model_dump(mode="json")
 

@@ -17,7 +17,7 @@ from jmt_dist.track.facts import record_start
 from jmt_dist.track.replay import replay
 from jmt_dist.track.spool import Spool
 from jmt_dist.track.tracker import connect, create_child, create_experiment
-from tests.track.runfolder import make_fold
+from tests.report.runfolder import make_fold
 from tests.track.server import Server
 
 

@@ -4,22 +4,24 @@ import json
 
 import pytest
 
+from jmt_dist.report.select import paths
+from jmt_dist.report.write import compare_runs
 from jmt_dist.track.compare import FOLDS, read_run
 from jmt_dist.track.publish import publish_run
-from jmt_dist.track.report import compare_runs
 from jmt_dist.track.tracker import ParentRun
-from tests.track.test_compare import ALL, make_light
+from tests.report.test_write import ALL, make_light
 
 
 def test_a_sweep_is_one_run_however_often_it_is_compared(store, tmp_path):
     client, parent = store
     sweep = tmp_path / "sweep"
     runs = [make_light(sweep / name, scores, (f"name={name}",)) for name, scores in (("a", ALL), ("b (2)", {**ALL, "fold-1": (0.9, 0.8)}))]
-    assert compare_runs(runs, sweep).omissions == [] and ParentRun.load(sweep) is None  # neither is tracked anywhere
+    unranked = ["ranking: there is no fold of which all runs have predictions"]
+    assert compare_runs(paths(runs), sweep).omissions == unranked and ParentRun.load(sweep) is None  # neither is tracked anywhere
     for run in runs:
         parent.save(run)
     for _ in range(2):
-        assert compare_runs(runs, sweep).omissions == []
+        assert compare_runs(paths(runs), sweep).omissions == unranked
     found = client.search_runs([client.get_experiment_by_name("comparisons").experiment_id])
     assert [run.info.run_name for run in found] == ["sweep"] and found[0].info.status == "FINISHED"
     run_id = found[0].info.run_id
@@ -29,13 +31,13 @@ def test_a_sweep_is_one_run_however_often_it_is_compared(store, tmp_path):
     assert metrics["a/official/ccc_valence"] == 0.5 and metrics["b _2_/fold-1/ccc_mean"] == pytest.approx(0.85)
     assert metrics["b _2_/folds_mean/ccc_arousal"] == pytest.approx((4 * 0.6 + 0.8) / 5)
     assert len(client.get_metric_history(run_id, "a/folds_std/ccc_mean")) == 1
-    assert {f.path for f in client.list_artifacts(run_id)} == {"comparison.csv", "comparison.md", "report.html"}
+    assert {f.path for f in client.list_artifacts(run_id)} == {"comparison.csv", "comparison.md", "comparison.tex", "report.html"}
 
 
 def test_a_sweep_whose_store_is_away_is_compared_all_the_same(tmp_path):
     run = make_light(tmp_path / "sweep" / "a", ALL)
     ParentRun("http://127.0.0.1:1", "0", "0" * 32).save(run)
-    result = compare_runs([run], tmp_path / "sweep")
+    result = compare_runs(paths([run]), tmp_path / "sweep")
     assert len(result.omissions) == 1 and "the tracking store http://127.0.0.1:1 cannot be used" in result.omissions[0]
     assert (tmp_path / "sweep" / "comparison.csv").is_file() and ParentRun.load(tmp_path / "sweep") is None
 

@@ -1,5 +1,5 @@
-import base64
 import csv
+import html
 import json
 import math
 import re
@@ -9,18 +9,24 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from plotly.graph_objects import Figure as Plot
 
 from jmt_dist.config import Recipe
 from jmt_dist.errors import UserError
 from jmt_dist.recipe import build, dump, word_layer
-from jmt_dist.track import plots
-from jmt_dist.track.compare import FOLDS, PAPER_TABLE1, changed_keys, markdown, read_ceilings, read_run, table1, table1_csv
-from jmt_dist.track.report import compare_run, compare_runs, run_folders
+from jmt_dist.report import figures
+from jmt_dist.report.select import paths, run_folders
+from jmt_dist.report.tables import changed_keys, markdown, table1, table1_csv
+from jmt_dist.report.traces import choose_units
+from jmt_dist.report.units import fold_predictions, unit_results
+from jmt_dist.report.write import compare_run, compare_runs
+from jmt_dist.track.compare import FOLDS, PAPER_TABLE1, read_ceilings, read_run
 from jmt_dist.track.spool import read_metrics
 from jmt_dist.track.tracker import ParentRun
-from tests.track.runfolder import make_fixture_json, make_run
+from tests.report.runfolder import make_fixture_json, make_run
 
 ROOT = Path(__file__).parents[2]
 ALL = dict.fromkeys(FOLDS, (0.5, 0.6))
@@ -78,7 +84,7 @@ def test_table_shows_intervals_paper_and_mean(whole):
 
 def test_baselines_and_ceilings_on_the_official_fold(whole):
     _, metrics, result = whole
-    assert [table.title for table in result.tables[1:]] == ["Systems on fold official"]
+    assert [table.title for table in result.tables[1:]] == ["Systems on fold official", "Best and worst units of fold official"]
     rows = result.tables[1].rows
     names = [f"{name} (mean of 2 seeds)" for name in ("jmt", "visual", "audio")]
     assert [row[0] for row in rows] == [*names, "ceiling: visual", "ceiling: audio", "ceiling: both"]
@@ -98,17 +104,66 @@ class Resources(HTMLParser):
         self.found += [value for name, value in attributes if name in ("src", "href", "srcset", "action", "data", "poster")]
 
 
+def drawn(text):
+    """The figures of a report, by caption or unit, as plotly.js gets them: each one is what plotly's own schema allows."""
+    values = json.JSONDecoder().raw_decode(text, text.rindex("const figures = ") + len("const figures = "))[0]
+    names = dict(re.findall(r'<h[23]>([^<]*)</h[23]>(?:<figure>|<div class="unit[^"]*">)<div id="(figure\d+)"', text))
+    assert set(names.values()) == set(values)
+    return {html.unescape(name): Plot(values[key]) for name, key in names.items()}
+
+
 def test_report_needs_no_other_file(whole):
     out, _, _ = whole
     text = (out / "report.html").read_text()
     page = Resources()
     page.feed(text)
-    assert len(page.found) == 4 and all(value.startswith("data:image/svg+xml;base64,") for value in page.found)
-    assert not {"script", "link", "iframe"} & set(page.tags) and "@import" not in text and "url(" not in text
-    for value in page.found:
-        svg = base64.b64decode(value.split(",", 1)[1]).decode()
-        assert "<svg" in svg and not re.search(r'(?:href|src)="(?!#)', svg)
+    assert page.found == ["data:,"] and page.tags.count("script") == 2 and "iframe" not in page.tags
+    assert "@import" not in text.split("<script>")[0] and "url(" not in text.split("<script>")[0]
     assert "Table 1" in text and "0.717" in text and "fusion.batch = 2" in text and str(out) in text
+
+
+def test_figures_show_the_numbers(whole):
+    out, metrics, _ = whole
+    figures = drawn((out / "report.html").read_text())
+    tables = [pq.read_table(out / "official" / "evaluate" / f"jmt-seed{seed}" / "predictions.parquet").to_pandas() for seed in (0, 1)]
+    frames = tables[0]
+    frames[["valence", "arousal"]] = (frames[["valence", "arousal"]] + tables[1][["valence", "arousal"]]) / 2
+    squares = (frames.valence - frames.valence_label) ** 2 + (frames.arousal - frames.arousal_label) ** 2
+    errors = (squares.groupby(frames.unit.astype(str)).mean() / 2) ** 0.5
+    by_error = errors.sort_values().index.tolist()
+    assert [name.split(":")[0].split(",")[0].split(".")[0] for name in figures] == [
+        "Folds beside the paper's numbers; lines", "Systems on fold official", "Learning curves", "Prediction against label", "Circumplex",
+        "Error by unit", *by_error[:2], *by_error[-2:],
+    ]  # fmt: skip
+    bars = next(iter(figures.values())).data
+    assert [bar.y[0] for bar in bars[:3]] == pytest.approx([metrics["official"][t] for t in ("valence", "arousal", "average")], abs=1e-4)
+    low, high = metrics["fold-2"]["interval"]["arousal"]
+    assert bars[1].y[2] + bars[1].error_y.array[2] == pytest.approx(high, abs=2e-4)
+    assert bars[1].y[2] - bars[1].error_y.arrayminus[2] == pytest.approx(low, abs=2e-4)
+    assert list(bars[3].y) == [PAPER_TABLE1[fold][0] for fold in FOLDS]
+    density = figures["Prediction against label, fold official"].data[0]
+    assert sum(map(sum, density.text)) == frames.valence_label.notna().sum()
+    assert sum(count for row in density.text for count in row[:25]) == pytest.approx((frames.valence_label < 0).sum(), abs=2)
+    assert sum(count for row in density.text[:25] for count in row) == pytest.approx(
+        (frames.valence[frames.valence_label.notna()] < 0).sum(), abs=2
+    )
+    best = by_error[0]
+    trace = figures[next(name for name in figures if name.startswith(best))].data
+    unit = frames[frames.unit == best]
+    assert list(trace[0].x) == list(range(1, len(unit) + 1))
+    assert trace[0].y[100] == pytest.approx(unit.valence_label.to_numpy()[100], abs=1e-3)
+    assert trace[3].y[100] == pytest.approx(unit.arousal.to_numpy()[100], abs=1e-3)
+    assert trace[2].y[0] is None  # no label: a gap in the line
+    shown = figures[next(name for name in figures if name.startswith("Error by unit"))].data[0]
+    assert list(shown.text) == by_error and list(shown.y) == pytest.approx(errors.sort_values().tolist(), abs=1e-4)
+    with open(out / "units.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6 * 5 and [row["unit"] for row in rows[:5]] == by_error
+    row = next(row for row in rows if row["unit"] == "video2_left" and row["fold"] == "official")
+    unit = frames[(frames.unit == "video2_left") & frames.valence_label.notna()]
+    assert (row["video"], int(row["labelled"]), row["fps"]) == ("video2", len(unit), "")
+    assert float(row["pearson_arousal"]) == pytest.approx(np.corrcoef(unit.arousal, unit.arousal_label)[0, 1], abs=1e-5)
+    assert float(row["sign_valence"]) == pytest.approx(np.mean(np.sign(unit.valence) == np.sign(unit.valence_label)), abs=1e-5)
 
 
 def test_unfinished_folds_are_rows_not_crashes(tmp_path):
@@ -141,7 +196,8 @@ def test_a_figure_that_fails_is_an_omission(tmp_path):
     (out / "official" / "evaluate" / "jmt-seed0").mkdir(parents=True)
     (out / "official" / "evaluate" / "jmt-seed0" / "predictions.parquet").write_bytes(b"torn")
     result = compare_run(out)
-    assert len(result.omissions) == 1 and "figure `Predictions" in result.omissions[0]
+    assert len(result.omissions) == 2 and all("not a predictions file" in line for line in result.omissions)
+    assert [line.split(":")[0] for line in result.omissions] == ["smoothing", "predictions of official"]
     assert (out / "report.html").is_file()
 
 
@@ -168,11 +224,14 @@ def test_traces_are_the_mean_over_the_recipes_seeds(whole):
     (stray / "predictions.parquet").write_bytes(b"")
     files = run.predictions("official", "jmt")
     assert [path.parent.name for path in files] == ["jmt-seed0", "jmt-seed1"]
-    traces = plots.read_traces(run)
-    assert [trace.unit for trace in traces] == ["10-60-1280x720", "video1", "video2_right"]
+    predictions = fold_predictions(run, "official")
     parts = [table[table.unit == "video1"] for table in (pq.read_table(path).to_pandas() for path in files)]
-    assert traces[1].va[:, 1] == pytest.approx((parts[0].arousal.to_numpy() + parts[1].arousal.to_numpy()) / 2, abs=1e-6)
-    assert len(traces[1].labels) == 400
+    assert predictions["video1"].va[:, 1] == pytest.approx((parts[0].arousal.to_numpy() + parts[1].arousal.to_numpy()) / 2, abs=1e-6)
+    assert len(predictions["video1"].labels) == 400
+    units = unit_results("official", predictions, {})
+    assert [unit.unit for unit in choose_units(units, ["video1"])] == ["video1"]
+    with pytest.raises(UserError, match=r"does not validate on unit video9\. Its units: 10-60-1280x720, 134"):
+        choose_units(units, ["video9"])
 
 
 def test_several_runs_side_by_side(tmp_path):
@@ -182,15 +241,16 @@ def test_several_runs_side_by_side(tmp_path):
     c = make_light(tmp_path / "sweep" / "c", {"official": (0.1, 0.2)}, ("name=c | d",))
     assert run_folders(tmp_path / "sweep") == [b, a, c]  # the best first, then those that lack folds
     assert changed_keys([read_run(folder) for folder in (a, b)]) == ["fusion.optimizer.lr"]
-    result = compare_runs([a, b, c], tmp_path / "sweep")
+    result = compare_runs(paths([a, b, c]), tmp_path / "sweep")
     table = result.tables[0]
     assert table.columns[-1] == "fusion.optimizer.lr" and [row[-1] for row in table.rows] == ["0.001", "0.01", "0.0005"]
     assert table.rows[0][1:6] == ("0.500", "0.600", "0.550", "0.550 ± 0.000", "6 of 6") and table.rows[2][4:6] == ("–", "1 of 6")
     assert (1, 3) in table.bold and (1, 4) in table.bold
-    assert len(result.omissions) == 5 and result.omissions[0] == "c | d, fold-1: not run"
+    assert len(result.omissions) == 6 and result.omissions[0] == "c | d, fold-1: not run"
+    assert result.omissions[5] == "ranking: there is no fold of which all runs have predictions"
     lines = (tmp_path / "sweep" / "comparison.csv").read_text().splitlines()
     assert len(lines) == 19 and lines[7] == "b,official,0.600000,0.700000,0.650000,nan,nan"
-    assert "c \\| d" in markdown(table) and "data:image/svg" in (tmp_path / "sweep" / "report.html").read_text()
+    assert "c \\| d" in markdown(table) and len(drawn((tmp_path / "sweep" / "report.html").read_text())) == 1
 
 
 def test_scores_and_files_reach_the_parent_run_once(store, tmp_path):
@@ -203,7 +263,13 @@ def test_scores_and_files_reach_the_parent_run_once(store, tmp_path):
     assert run.info.status == "FINISHED" and run.data.metrics["fold-3/ccc_arousal"] == 0.6
     assert run.data.metrics["folds_mean/ccc_mean"] == pytest.approx(0.55)
     assert len(client.get_metric_history(parent.run_id, "official/ccc_valence")) == 1
-    assert sorted(f.path for f in client.list_artifacts(parent.run_id)) == ["recipe.yaml", "report.html", "table1.csv", "table1.md"]
+    assert sorted(f.path for f in client.list_artifacts(parent.run_id)) == [
+        "recipe.yaml",
+        "report.html",
+        "table1.csv",
+        "table1.md",
+        "table1.tex",
+    ]
 
 
 def test_a_store_that_is_away_is_an_omission(tmp_path):
@@ -211,7 +277,7 @@ def test_a_store_that_is_away_is_an_omission(tmp_path):
     ParentRun("http://127.0.0.1:1", "0", "0" * 32).save(out)
     result = compare_run(out)
     assert len(result.omissions) == 1 and "MLflow (http://127.0.0.1:1) did not take the report" in result.omissions[0]
-    assert len(result.files) == 3 and table1_csv(read_run(out)) == (out / "table1.csv").read_text()
+    assert len(result.files) == 4 and table1_csv(read_run(out)) == (out / "table1.csv").read_text()
 
 
 def program(name, *words):
@@ -240,9 +306,9 @@ def test_table1_of_a_single_fold_has_nothing_bold(tmp_path):
 def test_curves_hold_every_seed_and_are_left_out_without_spools(whole, tmp_path):
     out, _, _ = whole
     curves = read_metrics(out / "official" / "spool")
-    assert len(plots._series(curves, "fusion/jmt", "val/ccc_mean")) == 2
-    assert plots._series(curves, "fusion/jmt", "train/lr")[0][0] == (0, 1e-3)
-    assert plots._series(curves, "fusion", "train/loss") == []
-    assert plots.learning_curves(read_run(make_light(tmp_path / "run", {}))) is None
-    steps, _ = plots._thin([(i, 0.0) for i in range(10_001)])
-    assert len(steps) <= plots.MOST_POINTS + 1 and steps[-1] == 10_000 and steps[0] == 0
+    assert len(figures.series(curves, "fusion/jmt", "val/ccc_mean")) == 2
+    assert figures.series(curves, "fusion/jmt", "train/lr")[0][0] == (0, 1e-3)
+    assert figures.series(curves, "fusion", "train/loss") == []
+    assert figures.learning_curves(read_run(make_light(tmp_path / "run", {}))) is None
+    steps, _ = figures.thin([(i, 0.0) for i in range(10_001)])
+    assert len(steps) <= figures.MOST_POINTS + 1 and steps[-1] == 10_000 and steps[0] == 0

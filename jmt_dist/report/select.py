@@ -1,0 +1,136 @@
+"""Which runs a comparison is about: run folders by path, or the runs of an MLflow store by experiment and tag, their folders or not."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jmt_dist.errors import UserError
+from jmt_dist.track import names
+from jmt_dist.track.compare import FOLDS, TARGETS, RunResult, ranked, read_run
+from jmt_dist.track.tracker import ParentRun, client_environment, connect
+
+METRICS, RECIPE = "metrics.json", "recipe.yaml"
+
+
+def run_folders(folder: Path) -> list[Path]:
+    """The run folders inside a sweep's folder, the best first."""
+    return [run.out for run in ranked([read_run(path.parent) for path in sorted(folder.glob("*/recipe.yaml"))])]
+
+
+def paths(folders: Sequence[Path]) -> list[RunResult]:
+    """Run folders, and the run folders inside those that are a sweep's. Raises UserError as `read_run`."""
+    found = []
+    for folder in folders:
+        inner = [] if (folder / RECIPE).is_file() else run_folders(folder)
+        found += [read_run(path) for path in inner or [folder]]
+    return found
+
+
+def stored(uri: str, experiments: Sequence[str], tags: Mapping[str, str], scratch: Path) -> list[RunResult]:
+    """The runs of an MLflow store in `experiments` (empty: all) that carry all `tags`, oldest first; runs of folds are theirs.
+
+    A run whose folder (tag `folder`) is there is read from it. Of others recipe, scores and predictions come out of the store,
+    into `<scratch>/<experiment>-<first digits of the run's id>`. Raises UserError where the store does not answer, has no such
+    experiment, or no such run.
+    """
+    with client_environment(seconds=60):
+        try:
+            client = connect(uri)
+            known = {one.name: one.experiment_id for one in client.search_experiments()}
+            missing = [name for name in experiments if name not in known]
+            if missing:
+                raise UserError(f"there is no experiment `{missing[0]}` in {uri}", f"There are: {', '.join(sorted(known)) or 'none'}.")
+            wanted = [known[name] for name in experiments] or list(known.values())
+            runs = [run for run in _search(client, wanted) if _is_experiment(run) and _carries(run, tags)]
+            found = [_result(client, run, scratch) for run in sorted(runs, key=lambda run: run.info.start_time)]
+        except UserError:
+            raise
+        except Exception as error:
+            text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise UserError(f"the tracking store {uri} cannot be read: {text}", "Name the run folders instead.") from error
+    if not found:
+        asked = ", ".join([*experiments, *(f"{key}={value}" for key, value in tags.items())]) or "of this package"
+        raise UserError(f"no run of {uri} is {asked}", "Look at the tags of its runs in MLflow.")
+    return found
+
+
+def _is_experiment(run: Any) -> bool:
+    tags = run.data.tags
+    return "mlflow.parentRunId" not in tags and "folder" in tags and tags.get("kind") != "comparison"
+
+
+def _carries(run: Any, tags: Mapping[str, str]) -> bool:
+    return all(run.data.tags.get(key) == value for key, value in tags.items())
+
+
+def _search(client: Any, experiments: Sequence[str], text: str = "") -> list[Any]:
+    found: list[Any] = []
+    token = None
+    while True:
+        page = client.search_runs(list(experiments), text, max_results=1000, page_token=token)
+        found += list(page)
+        token = page.token
+        if not token:
+            return found
+
+
+def _result(client: Any, run: Any, scratch: Path) -> RunResult:
+    folder, run_id = Path(run.data.tags["folder"]), run.info.run_id
+    own = ParentRun.load(folder) if folder.is_dir() else None
+    if own is not None and own.run_id == run_id:  # the folder may have been given to later work
+        return read_run(folder)
+    name = re.sub(r"[^\w.-]", "_", str(run.info.run_name))
+    out = scratch / f"{name}-{run_id[:8]}"
+    out.mkdir(parents=True, exist_ok=True)
+    if not _fetch(client, run_id, RECIPE, out):
+        (out / RECIPE).write_text(json.dumps({"name": str(run.info.run_name)}), encoding="utf-8")  # JSON is YAML
+    children: dict[str, Any] = {}
+    for child in _search(client, [run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run_id}'"):
+        fold = child.data.tags.get("fold", "")
+        if fold not in children or child.info.start_time > children[fold].info.start_time:
+            children[fold] = child
+    for fold in FOLDS:
+        _fetch_fold(client, run, children.get(fold), fold, out / fold)
+    return read_run(out)
+
+
+def _fetch_fold(client: Any, run: Any, child: Any, fold: str, folder: Path) -> None:
+    """A fold's metrics.json and predictions; without the file, its scores as metrics, of its own run or of the experiment's."""
+    if child is None:
+        sources = [(run.data.metrics, fold)]
+    elif _fetch(client, child.info.run_id, METRICS, folder):
+        model = str(json.loads((folder / METRICS).read_text(encoding="utf-8")).get("model", ""))
+        for part in client.list_artifacts(child.info.run_id, "evaluate"):
+            if re.fullmatch(rf"evaluate/{re.escape(model)}-seed\d+", part.path):
+                _fetch(client, child.info.run_id, f"{part.path}/predictions.parquet", folder)
+        return
+    else:
+        sources = [(child.data.metrics, names.RESULT), (run.data.metrics, fold)]
+    for metrics, prefix in sources:
+        values = [metrics.get(name) for name in names.ccc(prefix, (0.0, 0.0, 0.0))]
+        if None not in values:
+            folder.mkdir(parents=True, exist_ok=True)
+            score = {**dict(zip(TARGETS, values, strict=True)), "model": run.data.params.get("fusion.model", "")}
+            (folder / METRICS).write_text(json.dumps(score), encoding="utf-8")
+            return
+    if child is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {"state": child.info.status.lower(), "reason": "no scores in MLflow"}
+        (folder / "status.json").write_text(json.dumps(state), encoding="utf-8")
+
+
+def _fetch(client: Any, run_id: str, path: str, folder: Path) -> bool:
+    """Download an artifact to `<folder>/<path>` unless it is there; False where the run has none."""
+    if (folder / path).is_file():
+        return True
+    parent = str(Path(path).parent)
+    if not any(file.path == path for file in client.list_artifacts(run_id, None if parent == "." else parent)):
+        return False
+    target = (folder / path).parent  # MLflow puts a single file into the folder itself, whatever its path
+    target.mkdir(parents=True, exist_ok=True)
+    client.download_artifacts(run_id, path, str(target))
+    return True

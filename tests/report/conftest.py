@@ -1,0 +1,3 @@
+from tests.track.conftest import store, template
+
+__all__ = ["store", "template"]

@@ -1,0 +1,166 @@
+"""Rankings and their significance, by paths and from a store alone."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import false_discovery_control
+
+from jmt_dist.config import Recipe
+from jmt_dist.errors import UserError
+from jmt_dist.evaluate.metric import ccc
+from jmt_dist.evaluate.predict import write_predictions
+from jmt_dist.recipe import build, dump, word_layer
+from jmt_dist.report.pairs import Rank, adjust, common_fold, rank_runs, ranking_table
+from jmt_dist.report.select import paths, stored
+from jmt_dist.report.tables import Table, latex
+from jmt_dist.track.compare import read_run
+from jmt_dist.track.tracker import ParentRun, create_child
+
+ROOT = Path(__file__).parents[2]
+VIDEOS = 14
+
+
+def make(out, name, noise, fold="official", seeds=2, truth_seed=0):
+    """A run whose predictions are the labels, half as large, and noise of its own."""
+    out.mkdir(parents=True, exist_ok=True)
+    dump(build(Recipe, [word_layer(f"name={name}"), word_layer(f"fusion.seeds={list(range(seeds))}")]), out / "recipe.yaml")
+    labels = np.random.default_rng(truth_seed)
+    truth = {f"v{i}": (labels.uniform(-0.5, 0.5, 2) + 0.2 * labels.normal(size=(80, 2))).astype(np.float32) for i in range(VIDEOS)}
+    truth["v3_left"] = truth.pop("v3")  # a unit's video has another name
+    each = []
+    for seed in range(seeds):
+        draw = np.random.default_rng([len(name), int(noise * 1000), seed])
+        va = {u: (0.8 * t + draw.normal(0, noise, t.shape)).astype(np.float32) for u, t in truth.items()}
+        write_predictions(out / fold / "evaluate" / f"jmt-seed{seed}" / "predictions.parquet", va, truth)
+        joined = np.concatenate([va[u] for u in truth]), np.concatenate(list(truth.values()))
+        each.append([ccc(joined[0][:, k], joined[1][:, k]) for k in range(2)])
+    v, a = np.mean(each, axis=0)
+    metrics = {"model": "jmt", "valence": v, "arousal": a, "average": (v + a) / 2, "interval": None, "baselines": {}}
+    (out / fold / "metrics.json").write_text(json.dumps(metrics))
+    return out
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    base = tmp_path_factory.mktemp("pairs") / "sweep"
+    for name, noise in (("good", 0.2), ("twin", 0.201), ("bad", 0.5), ("worse", 0.7)):
+        make(base / name, name, noise)
+    return base
+
+
+def test_the_ranking_tells_apart_what_differs_and_nothing_else(sweep):
+    runs = paths([sweep])
+    ranks = rank_runs(runs, common_fold(runs), 2000)
+    assert [rank.name for rank in ranks][2:] == ["bad", "worse"] and {ranks[0].name, ranks[1].name} == {"good", "twin"}
+    assert ranks[0].behind is None and ranks[1].adjusted > 0.05 and ranks[2].adjusted < 0.05 and ranks[3].adjusted < 0.05
+    for rank in ranks[1:]:
+        assert rank.behind.value["average"] == pytest.approx(ranks[0].score[2] - rank.score[2], abs=1e-9)
+    table = ranking_table(ranks, "official")
+    assert [row[-1] for row in table.rows] == ["best", "not told apart", "behind", "behind"]
+    assert table.bold == {(0, 4), (1, 4)} and table.rows[3][5].startswith("−0.")
+
+
+def test_holm_is_holm():
+    p = [0.04, 0.001, 0.03, None, 0.2]
+    found = [rank.adjusted for rank in adjust([Rank(str(i), (0, 0, 0), None, value) for i, value in enumerate(p)])]
+    assert found == [pytest.approx(0.09), pytest.approx(0.004), pytest.approx(0.09), None, pytest.approx(0.2)]
+    known = [value for value in p if value is not None]
+    lenient = false_discovery_control(known)  # Benjamini and Hochberg's are never larger
+    assert all(strict >= loose - 1e-12 for strict, loose in zip([value for value in found if value is not None], lenient, strict=True))
+
+
+def test_runs_on_other_labels_are_not_compared(sweep, tmp_path):
+    other = make(tmp_path / "other", "other", 0.3, truth_seed=1)
+    with pytest.raises(UserError, match="good and other were not scored on the same units and labels"):
+        rank_runs([read_run(sweep / "good"), read_run(other)], "official", 100)
+    assert common_fold([read_run(sweep / "good"), read_run(make(tmp_path / "elsewhere", "e", 0.3, fold="fold-1"))]) is None
+
+
+def test_program_ranks_a_sweep_and_writes_every_form(sweep, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch" / "compare_runs.py"), f"runs=[{sweep}]", f"out={tmp_path}/both"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 3 and "Ranking on fold official" in done.stdout and "missing: good, fold-1: not run" in done.stdout
+    assert {path.name for path in (tmp_path / "both").iterdir()} == {"comparison.csv", "comparison.md", "comparison.tex", "report.html"}
+    tex = (tmp_path / "both" / "comparison.tex").read_text()
+    assert tex.count(r"\begin{table}") == tex.count(r"\end{table}") == 2 and r"\textbf{0." in tex and "not told apart" in tex
+    for words, message in [
+        (["store=x", "runs=[a]"], "`store` and `runs` both say"),
+        (["experiments=[a]"], "looked up in `store`"),
+        (["runs=[a]", "frames=true"], "go with the folds of one run"),
+    ]:
+        wrong = subprocess.run([sys.executable, str(ROOT / "launch" / "compare_runs.py"), "out=x", *words], capture_output=True, text=True)
+        assert wrong.returncode == 2 and message in wrong.stderr and wrong.stderr.count("\n") == 1
+
+
+def test_latex_escapes_and_sets_the_best_bold():
+    table = Table("A_b & c", ("run", "x %"), (("a_1", "0.5 ± 0.1"), ("b#", "−0.2")), frozenset({(0, 1)}), "100 % {x}")
+    assert latex(table, "tab:x").splitlines() == [
+        r"\begin{table}",
+        r"  \centering",
+        r"  \caption{A\_b \& c. 100 \% \{x\}}",
+        r"  \label{tab:x}",
+        r"  \begin{tabular}{lr}",
+        r"    \toprule",
+        r"    run & x \% \\",
+        r"    \midrule",
+        r"    a\_1 & \textbf{0.5 $\pm$ 0.1} \\",
+        r"    b\# & $-$0.2 \\",
+        r"    \bottomrule",
+        r"  \end{tabular}",
+        r"\end{table}",
+    ]
+
+
+def test_a_store_alone_is_enough(sweep, store, tmp_path):
+    """Runs by experiment and tag; of two the folders are gone, of one only numbers were logged."""
+    client, parent = store
+    ids = {}
+    for name in ("good", "bad", "twin"):
+        folder = tmp_path / name
+        shutil.copytree(sweep / name, folder)
+        experiment = client.create_run(
+            parent.experiment_id, run_name=name, tags={"folder": str(folder), "site": "gpu" if name != "twin" else "cpu"}
+        )
+        own = ParentRun(parent.uri, parent.experiment_id, experiment.info.run_id)
+        own.save(folder)
+        child = create_child(own, "official")
+        if name == "bad":
+            for metric, value in (("val/ccc_valence", 0.1), ("val/ccc_arousal", 0.2), ("val/ccc_mean", 0.15)):
+                client.log_metric(child, metric, value)
+        elif name == "good":
+            client.log_artifact(own.run_id, str(folder / "recipe.yaml"))
+            client.log_artifact(child, str(folder / "official" / "metrics.json"))
+            for seed in range(2):
+                part = f"evaluate/jmt-seed{seed}"
+                client.log_artifact(child, str(folder / "official" / part / "predictions.parquet"), part)
+        if name != "twin":
+            shutil.rmtree(folder)
+        ids[name] = own.run_id
+    scratch = tmp_path / "scratch"
+    runs = stored(parent.uri, ["demo"], {"site": "gpu"}, scratch)
+    assert [run.name for run in runs] == ["good", "bad"]
+    assert runs[0].out == scratch / f"good-{ids['good'][:8]}" and runs[0].recipe["fusion.seeds"] == "[0, 1]"
+    assert runs[1].folds[0].score.values() == (0.1, 0.2, 0.15) and runs[1].folds[1].reason == "not run"
+    every = stored(parent.uri, [], {}, scratch)
+    assert {run.name: str(run.out) for run in every}["twin"] == str(tmp_path / "twin")
+    able = [run for run in every if run.name != "bad"]
+    assert common_fold(able) == "official"
+    here, there = rank_runs(able, "official", 500), rank_runs(paths([sweep / "good", sweep / "twin"]), "official", 500)
+    assert here == there
+    for words, message in [
+        ((["nowhere"], {}), "there is no experiment `nowhere`.*There are: .*demo"),
+        (([], {"site": "moon"}), "no run of .* is site=moon"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            stored(parent.uri, *words, scratch)
+    with pytest.raises(UserError, match=r"the tracking store http://127\.0\.0\.1:1 cannot be read"):
+        stored("http://127.0.0.1:1", [], {}, scratch)
