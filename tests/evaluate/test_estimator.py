@@ -130,7 +130,8 @@ sys.exit(f"loaded {{heavy}}" if heavy else 0)
     # the crop of frame 70 is one of those missing: the sound alone gives no more than 69 rows
     whole = Estimator(run_source(base / "run")).to("cpu").predict(read_material(crops, wav, 25.0))
     assert len(whole) == 69
-    np.testing.assert_array_equal(np.load(tmp_path / "got.npy"), whole)
+    np.testing.assert_allclose(np.load(tmp_path / "got.npy"), whole, atol=1e-4)  # sums in another order, where threads are more
+    assert whole.std(axis=0).min() > 5e-3
     text = json.loads((folder / "model.json").read_text())
     assert text["pipeline"] == {"recipe": "paper", "fold": "official", "model": "jmt", "seed": 3, "size": 24}
     assert text["metrics"]["average"] == 0.45 and text["inputs"]["mel"]["n_fft"] == 1024 and "licence" in text
