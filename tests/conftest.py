@@ -1,3 +1,5 @@
+"""Fixtures that several rooms share: a real MLflow store."""
+
 import os
 import shutil
 

@@ -1,3 +1,0 @@
-from tests.track.conftest import store, template
-
-__all__ = ["store", "template"]
