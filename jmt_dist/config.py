@@ -63,6 +63,9 @@ class EngineOptions(Options):
     zero: Annotated[int, Field(ge=0, le=3)] = Field(0, description="ZeRO stage; with SGD only 0 survives a change of world size")
     clip: Annotated[float, Field(ge=0)] = Field(1.0, description="gradient norm is clipped to this; 0 = off")
     compile: bool = Field(False, description="torch.compile the model")
+    channels_last: bool = Field(
+        False, description="weights of 3-D convolutions in channels-last order, as the loader's frames are; needs zero=0"
+    )
 
 
 class OptimizerOptions(Options):

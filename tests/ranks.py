@@ -1,4 +1,4 @@
-"""Runs a function in several real gloo processes with a file rendezvous; failures come back with their traceback.
+"""Runs a function in several real processes (gloo, or NCCL) with a file rendezvous; failures come back with their traceback.
 
 The processes are forked from one that has imported what they need: importing takes longer than most of what they do.
 """
@@ -38,12 +38,13 @@ def server() -> Any:
     return context
 
 
-def _enter(rank: int, world: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _enter(rank: int, world: int, folder: str, device: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(ENVIRONMENT | {"DS_ACCELERATOR": device})
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=timedelta(seconds=120))
+        backend = "gloo" if device == "cpu" else "nccl"
+        dist.init_process_group(backend, f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=timedelta(seconds=120))
         torch.save(function(rank, *arguments), f"{folder}/{rank}.pt")
         dist.destroy_process_group()
     except BaseException:
@@ -51,10 +52,10 @@ def _enter(rank: int, world: int, folder: str, function: Callable[..., Any], arg
         sys.exit(1)
 
 
-def start_ranks(world: int, folder: str, function: Callable[..., Any], *arguments: Any) -> list[int | None]:
+def start_ranks(world: int, folder: str, function: Callable[..., Any], *arguments: Any, device: str = "cpu") -> list[int | None]:
     """`function(rank, *arguments)` on `world` ranks, for tests of how they end; returns their exit codes, of a hanging one -9."""
-    context = server()
-    processes = [context.Process(target=_enter, args=(rank, world, folder, function, arguments)) for rank in range(world)]
+    context = server() if device == "cpu" else mp.get_context("spawn")  # CUDA and DeepSpeed's accelerator do not outlive a fork
+    processes = [context.Process(target=_enter, args=(rank, world, folder, device, function, arguments)) for rank in range(world)]
     for process in processes:
         process.start()
     for process in processes:
@@ -66,10 +67,13 @@ def start_ranks(world: int, folder: str, function: Callable[..., Any], *argument
     return [process.exitcode for process in processes]
 
 
-def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """`function(rank, *arguments)` on `world` ranks; returns what each rank returned. The function must be importable."""
+def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, device: str = "cpu") -> list[Any]:
+    """`function(rank, *arguments)` on `world` ranks; returns what each rank returned. The function must be importable.
+
+    DeepSpeed chooses its accelerator once per process: `device` ("cpu" or "cuda") is that of all of them.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        codes = start_ranks(world, folder, function, *arguments)
+        codes = start_ranks(world, folder, function, *arguments, device=device)
         errors = [path.read_text() for path in sorted(Path(folder).glob("*.error"))]
         if errors or any(codes):
             raise AssertionError("\n".join(errors) or f"ranks hung or died: {codes}")

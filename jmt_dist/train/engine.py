@@ -64,6 +64,8 @@ def make_engine(
     import deepspeed
 
     _check_precision(engine, device)
+    if engine.channels_last and engine.zero:
+        raise UserError("engine.channels_last needs engine.zero=0: ZeRO lays weights out flat", "Switch one of them off.")
     model = model.to(device)
     if engine.compile:
         model.compile()
@@ -83,6 +85,8 @@ def make_engine(
         **_PRECISION[engine.precision],
     }
     wrapped, *_ = deepspeed.initialize(model=model, optimizer=optimiser, lr_scheduler=scheduler, config=config)
+    if engine.channels_last:  # only now: DeepSpeed's broadcast of the first weights refuses them (tried)
+        wrapped.module.to(memory_format=torch.channels_last_3d)
     if plain:
         reduce_little(wrapped)
     elif engine.zero == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import librosa
@@ -82,8 +83,12 @@ def librosa_db(pcm: NDArray[np.int16], ends: NDArray[np.int32]) -> Sound:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    return sound_shards(tmp_path_factory.mktemp("sounds"))
+
+
+def sound_shards(folder: Path) -> ShardSet:
     made = [tiny_sample((k, 0, 0), encode_audio(pcm16(sound), "wav"), ENDS) for k, sound in enumerate(sounds().values())]
-    return write_tiny(tmp_path_factory.mktemp("sounds") / "shards", [len(made)], made)
+    return write_tiny(folder / "shards", [len(made)], made)
 
 
 def require_equal(found: NDArray[np.float32], name: str, q: int, by: str) -> None:
