@@ -21,7 +21,7 @@ import psutil
 
 from jmt_dist.config import Options
 from jmt_dist.errors import UsageError
-from jmt_dist.program import OK
+from jmt_dist.program import FAILED, OK
 from jmt_dist.program import run as run_program
 from jmt_dist.recipe import build, word_layer
 
@@ -37,6 +37,7 @@ class Result:
 
     values: dict[str, Any]
     table: Sequence[Sequence[str]]
+    failed: bool = False  # a part of it is missing: the program ends with 1
 
 
 def run(bench: Callable[[Opt, Path], Result], doc: str, model: type[Opt], what: str, packages: Sequence[str] = ()) -> NoReturn:
@@ -69,7 +70,7 @@ def run(bench: Callable[[Opt, Path], Result], doc: str, model: type[Opt], what: 
             partial.write_text(text, encoding="utf-8")
             partial.replace(target)
             print(target)
-        return OK
+        return FAILED if result.failed else OK
 
     run_program(main, doc, [("Options (and: --json [FILE], --out DIR)", "", model)])
 
@@ -134,7 +135,9 @@ def _cpu() -> str:
 
 
 def hardware() -> str:
-    """A short name for file names: cores and the processor's family."""
+    """A short name for file names: the GPU, or cores and the processor's family."""
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():  # a benchmark that has used it
+        return str(sys.modules["torch"].cuda.get_device_name()).lower().removeprefix("nvidia ").replace(" ", "-")
     return f"{cores()}cores-{'-'.join(_cpu().replace('(R)', '').replace('(TM)', '').split()[:2]).lower()}"
 
 
