@@ -99,10 +99,12 @@ def row(out: Path, fold: str, jobs: Mapping[str, Any], alive: Mapping[str, Known
     entry: Mapping[str, Any] = next((job for job in jobs.get("jobs", []) if job.get("fold") == fold), {})
     state, reason = str(status.get("state", "waiting")), str(status.get("reason") or "")
     node = str(status.get("node") or "")
-    if alive is not None and entry and state in ("running", "waiting"):
+    if alive is not None and entry and state in ("running", "waiting", "stopped"):
         known = alive.get(fold)
-        state = "lost" if known is None else known.state.lower() if state == "waiting" else state
-        if known is not None:
+        if known is None:
+            state = state if state == "stopped" else "lost"
+        else:  # a fold that was stopped and is in the queue goes on
+            state = state if state == "running" else known.state.lower()
             node, waits = known.nodes or (node if state == "running" else ""), known.reason if known.state == "PENDING" else ""
             reason = "; ".join(dict.fromkeys(filter(None, [reason, waits])))
     score = status.get("score")

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from jmt_dist.cluster import site_check
 from jmt_dist.cluster.site import check, slurm_parameters
 from jmt_dist.config import Site
+from jmt_dist.recipe import load_site
 from tests.cluster.conftest import ROOT, Workplace, alive, attempts_of, minicluster, starts
 from tests.cluster.test_local import wait_for
 
@@ -79,10 +81,10 @@ def test_check_site_is_content_with_it(cluster: Path, tmp_path: Path) -> None:
     assert answer.returncode == 0, answer.stdout
     assert "ok    SLURM accounting" in answer.stdout and "ok    SLURM takes the job" in answer.stdout
     assert "ok    node names: 2 node(s), 2 do not resolve" in answer.stdout
-    answer = subprocess.run([*command, "site.partition=none"], cwd=ROOT, capture_output=True, text=True)
-    assert answer.returncode == 1 and "FAIL  SLURM takes the job" in answer.stdout and "FAIL  node names" in answer.stdout
-    failed = [line for line in answer.stdout.splitlines() if line.startswith("FAIL")]
-    assert failed and all(" -> " in line for line in failed)
+    wrong = load_site(ROOT / "slurm" / "sites" / "minicluster.yaml", ["partition=none"])
+    findings = [*site_check._slurm_submission(wrong), *site_check._nodes(wrong)]  # all of it again would import the libraries again
+    assert [(finding.name, finding.outcome) for finding in findings] == [("SLURM takes the job", "fail"), ("node names", "fail")]
+    assert all(finding.remedy for finding in findings)
 
 
 def test_ranks_of_two_nodes_meet_from_a_folder_of_any_name(workplace: Workplace, cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +117,7 @@ def test_slurm_understands_every_field_of_a_site(cluster: Path, gres: bool, tmp_
     from submitit.slurm.slurm import _make_sbatch_string
 
     site = Site(
-        name="all", executor="slurm", partition="mini", account="my account", qos="normal", constraint="fast", exclude="n2", nodes=1,
+        name="all", executor="slurm", partition="mini", account="root", qos="normal", constraint="fast", exclude="n2", nodes=1,
         ranks_per_node=2, gpus_per_node=2, gres=gres, cpus_per_rank=3, memory_gb=4, time="1-00:00:00", signal_seconds=300, parallel=2,
         environment=["echo '$HOME is \"here\"'"], extra={"hold": "", "comment": "a 'quoted' $word", "nice": "7"},
     )  # fmt: skip
@@ -128,9 +130,9 @@ def test_slurm_understands_every_field_of_a_site(cluster: Path, gres: bool, tmp_
     text = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True).stdout
     subprocess.run(["scancel", job], check=True)
     for part in (
-        "JobName=jmt-a-b ", "Account=my account", "QOS=normal", "Partition=mini", "Features=fast", "ExcNodeList=n2", "NumTasks=2",
+        "JobName=jmt-a-b- ", "Account=root", "QOS=normal", "Partition=mini", "Features=fast", "ExcNodeList=n2", "NumTasks=2",
         "CPUs/Task=3", "MinMemoryNode=4G", "TimeLimit=1-00:00:00", "ArrayTaskThrottle=2", "Requeue=1", "Comment=a 'quoted' $word",
-        "Nice=7", "Reason=JobHeldUser", "TresPerNode=gres/gpu:2",
+        "Nice=7", "Reason=JobHeldUser", "TresPerNode=gres:gpu:2",
     ):  # fmt: skip
         assert part in text, (part, text)
     assert "#SBATCH --gres=gpu:2" in (tmp_path / "script").read_text() or not gres

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from jmt_dist.cluster import control
+from jmt_dist.cluster import control, status
+from jmt_dist.cluster import slurm as slurm_queue
 from jmt_dist.cluster.site import seconds, slurm_parameters
 from jmt_dist.config import Site
 from jmt_dist.errors import UsageError
@@ -180,3 +181,16 @@ def test_a_job_that_slurm_has_lost_shows_as_lost(workplace: Workplace, slurm: Pa
     assert control.alive_states(control.read_jobs(out)) == {}
     answer = subprocess.run([sys.executable, "launch/show_status.py", f"out={out}"], cwd=ROOT, capture_output=True, text=True)
     assert answer.returncode == 1 and "official   lost" in answer.stdout
+
+
+def test_rows_say_what_the_scheduler_says(tmp_path: Path) -> None:
+    jobs = {"jobs": [{"fold": fold, "job": f"7_{n}"} for n, fold in enumerate(("a", "b", "c", "d"))]}
+    for fold, state in (("a", "running"), ("b", "stopped"), ("c", "stopped"), ("d", "waiting")):
+        status.update_status(tmp_path, fold, state=state, node="n1", reason="asked to end (SIGTERM)" if state == "stopped" else "")
+    queued = {"a": slurm_queue.Queued("RUNNING", "", "n2"), "b": slurm_queue.Queued("PENDING", "BeginTime")}
+    queued["d"] = slurm_queue.Queued("PENDING", "Dependency")
+    rows = [status.row(tmp_path, fold, jobs, queued) for fold in "abcd"]
+    assert [row.state for row in rows] == ["running", "pending", "stopped", "pending"]  # b was stopped and goes on by itself
+    assert [row.node for row in rows] == ["n2", "", "n1", ""] and rows[0].heartbeat.endswith("s ago") and not rows[1].heartbeat
+    assert rows[1].reason == "asked to end (SIGTERM); BeginTime" and rows[3].reason == "Dependency"
+    assert status.row(tmp_path, "a", jobs, {}).state == "lost"
