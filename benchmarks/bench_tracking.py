@@ -11,7 +11,6 @@ socket that accepts and never answers; `mlflow_sqlite` and `mlflow_server` are `
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import statistics
 import subprocess
@@ -44,7 +43,6 @@ class TrackingBench(Options):
 def bench(options: TrackingBench, out: Path) -> Result:
     """Measure every side in turn and compare the calls."""
     delays: dict[str, list[float]] = {}
-    load = os.getloadavg()[0]
     with served(out) as server, hanging() as silent, client_environment():
         sqlite = f"sqlite:///{out}/bench.db"
         sides: dict[str, Callable[[], float]] = {
@@ -61,7 +59,6 @@ def bench(options: TrackingBench, out: Path) -> Result:
         steps = alternate(sides, options.rounds)
     calls = {name: statistics.median(values) * 1e6 for name, values in delays.items()}
     values: dict[str, Any] = {
-        "load_before": round(load, 2),
         "delay_us": {name: float(f"{value:.4g}") for name, value in calls.items()},
         "delay_us_99_of_100": {name: float(f"{np.percentile(values, 99) * 1e6:.4g}") for name, values in delays.items()},
         "delay_us_longest": {name: float(f"{max(values) * 1e6:.4g}") for name, values in delays.items()},

@@ -25,7 +25,7 @@ from jmt_dist.track.postgres import Postgres
 from jmt_dist.track.tracker import SQLITE
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-START_SECONDS = 120.0  # 8 to 14 s on an idle machine
+START_SECONDS = 300.0  # 8 to 14 s on an idle machine
 AUTH = """[mlflow]
 default_permission = EDIT
 database_uri = sqlite:///{database}

@@ -38,7 +38,7 @@ class Server:
     def start(self):
         command = [sys.executable, str(ROOT / "launch" / "serve_tracking.py"), f"out={self.folder / 'out'}", f"port={self.port}"]
         self.program = subprocess.Popen([*command, *self.words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        timer = threading.Timer(180, self.program.kill)
+        timer = threading.Timer(400, self.program.kill)
         timer.start()
         self.said = []
         for line in self.program.stdout:
