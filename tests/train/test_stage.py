@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from jmt_dist.config import EngineOptions, OptimizerOptions, TrainOptions
+from jmt_dist.config import EngineOptions, OptimizerOptions, ScheduleOptions, TrainOptions
 from jmt_dist.data.features import FeatureLoader, FeatureSet
 from jmt_dist.errors import UserError
 from tests.ranks import run_ranks
@@ -54,6 +55,8 @@ def run(
     zero: int = 0,
     watch: Any = None,
     on_step: Callable[[int], None] | None = None,
+    validate: Any = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Train in `folder`, with new objects throughout; with `stop_at` a stop is requested at that step and the run ends there."""
     from jmt_dist.train import ranks, stop
@@ -77,11 +80,13 @@ def run(
 
     stage = Stage(
         name="toy", folder=folder, key=key, model=Net(plain), micro_batch=4 // world, seed=5,
-        options=TrainOptions(optimizer=OptimizerOptions(lr=0.02), batch=4, max_epochs=3, patience=9, save_steps=2),
+        options=TrainOptions(
+            **{"optimizer": OptimizerOptions(lr=0.02), "batch": 4, "max_epochs": 3, "patience": 9, "save_steps": 2, **options}
+        ),
         loader=FeatureLoader(made, batch=4, passes=2, seed=5, rank=rank, ranks=world),
         predict=lambda net, batch, draw: (net(batch["visual"]), batch["va"]),
         validation=validation,
-        validate=lambda net, batch: (net(batch["visual"]), batch["va"]),
+        validate=validate or (lambda net, batch: (net(batch["visual"]), batch["va"])),
     )  # fmt: skip
     logged: list[tuple[str, int, float]] = []
     around = Surroundings(
@@ -183,3 +188,73 @@ def test_another_number_of_ranks_goes_on_without_losing_or_repeating_a_sample(tm
 def test_another_number_of_ranks_is_refused_where_zero_has_divided_the_optimiser(tmp_path: Path) -> None:
     run_ranks(2, plain, 2, tmp_path, 4, 1)
     assert "written by 2 ranks under engine.zero=1 and this job has 1" in run_ranks(1, plain, 1, tmp_path, 0, 1)[0]
+
+
+def scripted(noises: list[float]) -> Any:
+    """A validation that scores as planned: the less noise, the better."""
+    left = iter(noises)
+
+    def validate(net: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        noise = torch.randn(batch["va"].shape, generator=torch.Generator().manual_seed(0))
+        return batch["va"] + next(left) * noise, batch["va"]
+
+    return validate
+
+
+def patience(rank: int, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    noises = [0.5, 0.1, 0.3, 0.4, 0.05, 0.05]
+    limits = {"max_epochs": 6, "patience": 2, "keep": 3}
+    stopped = run(rank, folder / "stopped", 1, 0, validate=scripted(noises), **limits)
+    return stopped, run(rank, folder / "two", 1, 0, validate=scripted(noises), **{**limits, "max_epochs": 2})
+
+
+def test_early_stopping_keeps_the_best_weights_and_the_newest_checkpoints(tmp_path: Path) -> None:
+    stopped, two = (found["result"] for found in run_ranks(1, patience, tmp_path)[0])
+    assert stopped["epochs"] == 4 and len(stopped["scores"]) == 4  # two epochs without a better score: the fifth is never seen
+    assert stopped["best_step"] == 12 == 2 * 6 and stopped["score"] == two["score"] == max(sum(row[1:]) / 2 for row in stopped["scores"])
+    best, wanted = (load_file(tmp_path / name / "best.safetensors") for name in ("stopped", "two"))
+    assert all(torch.equal(best[name], wanted[name]) for name in wanted)
+    names = sorted(path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir())
+    assert names == ["step-00000020", "step-00000022", "step-00000024"]
+
+
+def scheduled(rank: int, folder: Path) -> list[tuple[str, int, float]]:
+    schedule = ScheduleOptions(name="cosine", warmup_steps=8)
+    logged: list[tuple[str, int, float]] = run(rank, folder, 1, 0, schedule=schedule, max_steps=40, max_epochs=9)["logged"]
+    return logged
+
+
+def test_the_rate_warms_up_and_falls_as_the_schedule_says(tmp_path: Path) -> None:
+    rates = {step: value for name, step, value in run_ranks(1, scheduled, tmp_path)[0] if name == "toy/train/lr"}
+    assert rates.keys() == {10, 20, 30, 40}
+    for step, value in rates.items():  # of the step that comes next: steps are counted from 0
+        assert value == pytest.approx(0.02 * 0.5 * (1 + math.cos(math.pi * (step - 8) / 32)), abs=1e-9)
+
+
+def broken(rank: int, folder: Path) -> list[str]:
+    """A validation that yields NaN, and a training in which the net does from its fifth step on."""
+    forward, steps = Net.forward, []
+
+    def poisoned(self: Net, x: torch.Tensor) -> torch.Tensor:
+        steps.append(1)
+        y: torch.Tensor = forward(self, x)
+        return y * float("nan") if len(steps) > 5 else y  # the first call is the forecast's
+
+    found = []
+    for name, validate in (("validation", lambda net, batch: (batch["va"] * float("nan"), batch["va"])), ("training", None)):
+        if name == "training":
+            Net.forward = poisoned  # type: ignore[method-assign]
+        try:
+            run(rank, folder / name, 1, 0, validate=validate)
+        except UserError as error:
+            found.append(str(error))
+        finally:
+            Net.forward = forward  # type: ignore[method-assign]
+        found.append(" ".join(sorted(path.name for path in (folder / name / "checkpoints").iterdir())))
+    return found
+
+
+def test_scores_and_losses_that_are_no_numbers_stop_the_job_and_touch_nothing(tmp_path: Path) -> None:
+    score, kept, loss, before = run_ranks(1, broken, tmp_path)[0]
+    assert "the validation score after step 6 is nan" in score and kept == "step-00000004 step-00000006"
+    assert "the loss is nan at step 5, samples" in loss and "(unit, segment, phase) [(" in loss and before == "step-00000002 step-00000004"
