@@ -46,21 +46,19 @@ def common_fold(runs: Sequence[RunResult]) -> str | None:
 
 
 def rank_runs(runs: Sequence[RunResult], fold: str, rounds: int = ROUNDS) -> list[Rank]:
-    """Runs by their average score on `fold`, best first, each compared with the best.
+    """Runs, which all have a score on `fold` (`common_fold`), by its average, best first, each compared with the best.
 
     Raises UserError where their predictions are not of the same units and labels: other shards or another division into folds.
     """
     index = FOLDS.index(fold)
     seeds = [[read_predictions(file) for file in run.predictions(fold, run.folds[index].model or run.model)] for run in runs]
-    scores = [run.folds[index].score for run in runs]
-    order = sorted(range(len(runs)), key=lambda i: -(scores[i].average if scores[i] else -np.inf))
+    scores = [score.values() if (score := run.folds[index].score) is not None else (np.nan,) * 3 for run in runs]
+    order = sorted(range(len(runs)), key=lambda i: -scores[i][2])
     best = order[0]
     found = []
     for i in order:
-        score = scores[i]
-        assert score is not None
         difference = None if i == best else compare(seeds[best], seeds[i], (runs[best].name, runs[i].name), rounds)
-        found.append(Rank(runs[i].name, score.values(), difference, None if difference is None else two_sided(difference, rounds)))
+        found.append(Rank(runs[i].name, scores[i], difference, None if difference is None else two_sided(difference, rounds)))
     return adjust(found)
 
 

@@ -101,10 +101,10 @@ def show(result: Comparison) -> None:
         console.print(grid)
     for line in result.omissions:
         print(f"missing: {line}")
-    for path in result.files:
-        print(path)
     for line in result.hints:
         print(line)
+    for path in result.files:  # the report's comes last
+        print(path)
 
 
 def _write(path: Path, text: str) -> Path:

@@ -22,7 +22,7 @@ from jmt_dist.report.select import paths, run_folders
 from jmt_dist.report.tables import changed_keys, markdown, table1, table1_csv
 from jmt_dist.report.traces import choose_units
 from jmt_dist.report.units import fold_predictions, unit_results
-from jmt_dist.report.write import compare_run, compare_runs
+from jmt_dist.report.write import compare_run, compare_runs, show
 from jmt_dist.track.compare import FOLDS, PAPER_TABLE1, read_ceilings, read_run
 from jmt_dist.track.spool import read_metrics
 from jmt_dist.track.tracker import ParentRun
@@ -270,6 +270,14 @@ def test_scores_and_files_reach_the_parent_run_once(store, tmp_path):
         "table1.md",
         "table1.tex",
     ]
+
+
+def test_what_is_printed_ends_with_the_reports_path(store, tmp_path, capsys):
+    out = make_light(tmp_path / "run", ALL)
+    store[1].save(out)
+    show(compare_run(out))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == str(out / "report.html") and any(line.startswith("learning curves: ") for line in lines)
 
 
 def test_a_store_that_is_away_is_an_omission(tmp_path):
