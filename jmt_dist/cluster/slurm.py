@@ -118,8 +118,8 @@ def submit_array(array: Array) -> tuple[str, list[str]]:
         # a job may have started by now: what it has written stays
         if status.read_status(task.out, fold).get("job") not in known:
             status.update_status(task.out, fold, state="waiting", reason="")
-    for task in dict.fromkeys(task.out for task, _ in array.tasks):
-        _write_jobs(array, task, identity, jobs)
+    for out in dict.fromkeys(task.out for task, _ in array.tasks):
+        _write_jobs(array, out, identity, jobs)
     return identity, jobs
 
 

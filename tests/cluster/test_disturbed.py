@@ -22,7 +22,7 @@ from tests.cluster.conftest import CLUSTER, ROOT, attempts_of
 from tests.cluster.test_local import wait_for
 from tests.ranks import run_ranks
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 SITE = (
     "partition: mini\nexecutor: slurm\ndevice: cpu\nparallel: 2\nmemory_gb: 5\ntime: '00:20:00'\nsignal_seconds: 60\ntries: 4\nname: mini\n"
 )
