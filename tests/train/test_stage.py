@@ -120,6 +120,24 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path: Path,
     assert json.loads((tmp_path / "whole" / "done.json").read_text())["key"] == "k"
 
 
+def zero_runs(rank: int, *each: tuple[Path, int, int]) -> list[dict[str, Any]]:
+    return [run(rank, folder, 2, stop_at, plain=True, zero=zero) for folder, stop_at, zero in each]
+
+
+@pytest.mark.slow
+def test_zero_3_trains_validates_saves_and_resumes_as_zero_0_does(tmp_path: Path) -> None:
+    """Validation data are rank 0's alone; the net has no BatchNorm, whose buffers ZeRO 3 does not gather."""
+    starts = [("zero0", 0, 0), ("zero3", 0, 3), ("parts", 5, 3), ("parts", 0, 3)]
+    found = run_ranks(2, zero_runs, *((tmp_path / name, stop_at, zero) for name, stop_at, zero in starts))[0]
+    plain_result, whole, _, parts = (each.get("result") for each in found)
+    assert parts == whole and whole["steps"] == plain_result["steps"] == 18
+    np.testing.assert_allclose(whole["scores"], plain_result["scores"], atol=1e-5)
+    weights = [load_file(tmp_path / name / "best.safetensors") for name in ("zero0", "zero3", "parts")]
+    for name in weights[0]:
+        assert torch.equal(weights[1][name], weights[2][name])
+        torch.testing.assert_close(weights[0][name], weights[1][name], atol=1e-5, rtol=0)
+
+
 def newest(folder: Path) -> Path:
     return max((folder / "checkpoints").glob("step-*"))
 
