@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from jmt_dist.recipe import load_recipe
-from jmt_dist.track.compare import read_run, table1_csv
+from jmt_dist.report.tables import table1_csv
+from jmt_dist.track.compare import read_run
 from tests.cluster import micro
 from tests.cluster.conftest import CLUSTER, ROOT, attempts_of
 from tests.cluster.test_local import wait_for

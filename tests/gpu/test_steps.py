@@ -43,8 +43,8 @@ def on_engine(rank: int, device: str, name: str, engine: EngineOptions) -> tuple
     """Losses and final parameters (on the CPU) of STEPS steps of the DeepSpeed engine."""
     from jmt_dist.train import ranks
     from jmt_dist.train.ccc import ccc_loss
-    from jmt_dist.train.weights import full_weights
     from jmt_dist.train.engine import input_type, make_engine
+    from jmt_dist.train.weights import full_weights
 
     place = ranks.choose_device(device)
     ranks.start(place)
