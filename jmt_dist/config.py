@@ -17,6 +17,7 @@ FUSION_MODELS = ("jmt", "visual", "audio", "concat", "lstm", "vanilla", "selfatt
 
 Stage = Literal["visual", "audio", "features", "fusion", "evaluate"]
 FusionModel = Literal["jmt", "visual", "audio", "concat", "lstm", "vanilla", "selfattn_lstm", "jca", "lfan", "tcn", "gated"]
+Modality = Literal["audio", "visual"]
 Smoother = Literal["box", "hamming", "savgol"]
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -108,25 +109,29 @@ class TrainOptions(Options):
 
 
 class VisualOptions(TrainOptions):
-    """R(2+1)D on face clips (paper, section 4.2)."""
+    """R(2+1)D on face clips (paper, section 4.2), or another backbone."""
 
-    depth: Literal[10, 18] = Field(18, description="layers of R(2+1)D; 10 (one block per layer) has no pretrained weights")
+    backbone: str = Field(
+        "r2plus1d", description="r2plus1d, resnet50 (2-D, pooled over time), or one of your own, module:name (model/registry.py)"
+    )
+    depth: Literal[10, 18] = Field(18, description="layers of r2plus1d; 10 (one block per layer) has no pretrained weights")
     size: Annotated[int, Field(ge=16, le=224)] = Field(224, description="side of the square input in pixels")
     crop: Annotated[int, Field(ge=16, le=112)] = Field(104, description="side of the random crop, of 112 pixels, in training")
     flip: bool = Field(True, description="random horizontal flip in training")
-    pooling: Literal["average", "max"] = Field("average", description="pooling of the last feature map")
+    pooling: Literal["average", "max"] = Field("average", description="pooling of r2plus1d's last feature map, of resnet50 over time")
     dropout: Share = Field(0.8, description="dropout in the regression head")
-    weights: str = Field("kinetics400", description="initial weights: kinetics400, none, or a file")
+    weights: str = Field("kinetics400", description="initial weights: kinetics400 (resnet50: imagenet-resnet50), none, or a file")
     batchnorm: Literal["frozen", "local", "sync"] = Field("local", description="BatchNorm under data parallelism (DESIGN section 8)")
     clips_per_subsequence: Annotated[int, Field(ge=1, le=8)] = Field(8, description="clips of a subsequence used in a training step")
 
 
 class AudioOptions(TrainOptions):
-    """ResNet-18 and GRU on spectrograms (paper, sections 3 and 4.2)."""
+    """ResNet-18 and GRU on spectrograms (paper, sections 3 and 4.2), or another backbone."""
 
+    backbone: str = Field("resnet18", description="resnet18, or one of your own, module:name (model/registry.py)")
     optimizer: OptimizerOptions = Field(OptimizerOptions(name="adam", lr=1e-2), description="optimiser")
     batch: Positive = Field(64, description="subsequences per optimiser step, over all ranks and accumulation steps")
-    gru: bool = Field(True, description="GRU over the 8 clips of a subsequence")
+    gru: bool = Field(True, description="GRU over the 8 clips of a subsequence (resnet18)")
     dropout: Share = Field(0.0, description="dropout in the regression head")
     weights: str = Field("imagenet", description="initial weights: imagenet, none, or a file")
     batchnorm: Literal["frozen", "local", "sync"] = Field("local", description="BatchNorm under data parallelism (DESIGN section 8)")
@@ -177,6 +182,9 @@ class FusionOptions(TrainOptions):
     seeds: Annotated[list[Count], Field(min_length=1)] = Field([0], description="one training per seed; scores are averaged")
     baselines: list[FusionModel] = Field([], description="models trained beside fusion.model, on the same features and seeds")
     baseline_folds: list[str] = Field([OFFICIAL], description="folds in which the baselines are trained")
+    modality_dropout: Share = Field(
+        0.0, description="share of training subsequences whose audio or visual features, one at random, are withheld (0)"
+    )
     ranks: Count = Field(0, description="ranks that train the fusion; surplus ranks wait; 0 = all that the batch allows")
 
 
@@ -198,6 +206,7 @@ class EvaluateOptions(Options):
     smooth_valence_kind: Smoother = Field("box", description="kind of the window for valence: box, hamming or savgol")
     smooth_arousal_kind: Smoother = Field("box", description="kind of the window for arousal: box, hamming or savgol")
     test: bool = Field(False, description="also predict the dataset's test units, for the challenge file")
+    withhold: list[Modality] = Field(["audio", "visual"], description="also score with these withheld, one at a time: what is lost")
     bootstrap: Count = Field(1000, description="bootstrap rounds over videos for the 95 % interval; 0 = none")
 
 

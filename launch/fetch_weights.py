@@ -22,8 +22,9 @@ from jmt_dist.recipe import build, word_layer
 class FetchOptions(Options):
     """What to fetch."""
 
-    weights: Annotated[list[Literal["kinetics400", "imagenet"]], Field(min_length=1)] = Field(
-        ["kinetics400", "imagenet"], description="kinetics400: R(2+1)D-18, 126 MB; imagenet: ResNet-18, 47 MB"
+    weights: Annotated[list[Literal["kinetics400", "imagenet", "imagenet-resnet50"]], Field(min_length=1)] = Field(
+        ["kinetics400", "imagenet"],
+        description="kinetics400: R(2+1)D-18, 126 MB; imagenet: ResNet-18, 47 MB; imagenet-resnet50: for visual.backbone=resnet50, 103 MB",
     )
 
 

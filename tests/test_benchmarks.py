@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from jmt_dist.affwild2.layout import find_dataset
 from jmt_dist.affwild2.media import frame_timestamps, read_audio
@@ -16,6 +17,7 @@ from jmt_dist.errors import UserError
 from .data.tree import jpeg, picture
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import bench_fusion
 import common
 import rehearse_full_scale as rehearsal
 import scale_tree
@@ -76,3 +78,19 @@ def test_flags_and_words() -> None:
     assert common._flags(["json=rounds=2"], out) == (["rounds=2"], "", out)
     assert common._flags(["json=f.json", "out=/tmp"], out) == ([], "f.json", Path("/tmp"))
     assert common._flags(["rounds=2"], out) == (["rounds=2"], None, out)
+
+
+def test_the_fusion_benchmark_compares_layers_of_the_same_number_and_models_of_the_same_parameters() -> None:
+    sides = bench_fusion.sides(["jmt", "jmt-reference", "vanilla", "concat"])
+    layers = {name: bench_fusion.attention_layers(model) for name, model in sides.items()}
+    # the reference's head adds an encoder and an attention; its three modules serve six pairs
+    one_by_one = {name: layers.pop(f"{name}/one-by-one") for name in ("jmt", "jmt-reference")}
+    assert layers == {"transformer-encoder": 9, "jmt": 9, "jmt-reference": 11, "vanilla": 4, "concat": 0}
+    assert one_by_one == {"jmt": 9, "jmt-reference": 11}
+    audio, visual = torch.randn(2, 8, 512), torch.randn(2, 8, 512)
+    with torch.no_grad():
+        for name in ("jmt", "jmt-reference"):
+            difference = sides[name](audio, visual) - sides[f"{name}/one-by-one"](audio, visual)
+            assert difference.abs().max() < 1e-4 * max(1.0, float(sides[name](audio, visual).abs().max()))
+    found = bench_fusion.case(sides, 1, 64, bench_fusion.FusionBenchOptions(rounds=1, seconds=1e-6))
+    assert set(found) == set(sides) and found["transformer-encoder"]["ratio_per_attention_layer"] == 1

@@ -9,7 +9,7 @@ from jmt_dist.cluster import site as sites
 from jmt_dist.config import Recipe, Site
 from jmt_dist.errors import UserError
 
-CACHED = {"kinetics400": "r2plus1d_18-*.pth", "imagenet": "resnet18-*.pth"}
+CACHED = {"kinetics400": "r2plus1d_18-*.pth", "imagenet": "resnet18-*.pth", "imagenet-resnet50": "resnet50-*.pth"}
 NAMED_WEIGHTS = (*CACHED, "none")
 
 

@@ -1,4 +1,4 @@
-"""The two backbones, from torchvision: R(2+1)D for face clips, ResNet-18 and a GRU for spectrograms.
+"""The backbones, from torchvision: R(2+1)D or ResNet-50 for face clips, ResNet-18 and a GRU for spectrograms.
 
 They are built with random weights; `weights.load_initial` loads pretrained ones. The modules inside `net` keep
 torchvision's names, so that its files fit.
@@ -9,14 +9,16 @@ from __future__ import annotations
 from typing import cast
 
 from torch import Tensor, nn
-from torchvision.models import resnet18
+from torchvision.models import resnet18, resnet50
 from torchvision.models.video import r2plus1d_18
 from torchvision.models.video.resnet import BasicBlock, Conv2Plus1D, R2Plus1dStem, VideoResNet
 
 from jmt_dist.config import AudioOptions, VisualOptions
-from jmt_dist.model.attention import WIDTH
+from jmt_dist.model.attention import WIDTH, initialise
+from jmt_dist.model.registry import audio_backbone, visual_backbone
 
 
+@visual_backbone("r2plus1d")
 class VisualBackbone(nn.Module):
     """R(2+1)D of 18 or 10 layers (paper, section 3; Tran et al., 2018); depth 10 has one block per layer."""
 
@@ -35,6 +37,30 @@ class VisualBackbone(nn.Module):
         return cast(Tensor, self.net(frames))
 
 
+@visual_backbone("resnet50")
+class FrameBackbone(nn.Module):
+    """ResNet-50 on each frame (He et al., 2016), pooled over the 8 frames of a clip, FC 2048 → 512: no motion is seen.
+
+    The challenge's baseline is a ResNet-50 on single frames; pooling over the clip and the FC are what it takes to stand in the
+    place of R(2+1)D, and are open. Frames come normalised by Kinetics' mean and deviation, as the loader gives them.
+    """
+
+    def __init__(self, options: VisualOptions) -> None:
+        super().__init__()
+        self.net = resnet50(weights=None)
+        self.net.fc = nn.Identity()
+        self.pooling = options.pooling
+        self.reduce = nn.Linear(2048, WIDTH)
+        initialise(self.reduce)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Clips [N, 3, 8, H, W] → features [N, 512]."""
+        each = self.net(frames.transpose(1, 2).flatten(0, 1)).unflatten(0, (frames.shape[0], frames.shape[2]))
+        pooled = each.amax(1) if self.pooling == "max" else each.mean(1)
+        return cast(Tensor, self.reduce(pooled))
+
+
+@audio_backbone("resnet18")
 class AudioBackbone(nn.Module):
     """ResNet-18 with a one-channel first convolution, then a GRU over the clips of a subsequence (paper, sections 3, 4.2).
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from jmt_dist.config import AudioOptions, VisualOptions
+from jmt_dist.model import backbones  # noqa: F401 registers the backbones of this package
 from jmt_dist.model.attention import WIDTH, initialise
-from jmt_dist.model.backbones import AudioBackbone, VisualBackbone
+from jmt_dist.model.registry import checked, make_audio, make_visual
 
 HIDDEN = 128  # of the last hidden layer (paper, section 4.2)
 JOINT = 1024  # of the fully connected layer behind the concatenated outputs (paper, section 4.2)
@@ -66,28 +67,28 @@ class FusionHead(nn.Module):
 
 
 class VisualModel(nn.Module):
-    """The visual stage: R(2+1)D and a regressor."""
+    """The visual stage: a backbone (`visual.backbone`) and a regressor."""
 
     def __init__(self, options: VisualOptions) -> None:
         super().__init__()
-        self.backbone = VisualBackbone(options)
+        self.backbone = make_visual(options)
         self.head = Regressor(dropout=options.dropout)
 
     def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Frames [B, C, 3, 8, H, W] of C clips → features [B, C, 512], (valence, arousal) [B, C, 2]."""
-        features = self.backbone(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
+        features = checked(self.backbone(frames.flatten(0, 1)), "visual").unflatten(0, frames.shape[:2])
         return features, self.head(features)
 
 
 class AudioModel(nn.Module):
-    """The audio stage: ResNet-18, GRU and a regressor."""
+    """The audio stage: a backbone (`audio.backbone`) and a regressor."""
 
     def __init__(self, options: AudioOptions) -> None:
         super().__init__()
-        self.backbone = AudioBackbone(options)
+        self.backbone = make_audio(options)
         self.head = Regressor(dropout=options.dropout)
 
     def forward(self, mel: Tensor) -> tuple[Tensor, Tensor]:
         """Spectrograms [B, C, 64, T] of C clips → features [B, C, 512], (valence, arousal) [B, C, 2]."""
-        features = self.backbone(mel)
+        features = checked(self.backbone(mel), "audio")
         return features, self.head(features)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import ResNet18_Weights
+from torchvision.models import ResNet18_Weights, ResNet50_Weights
 from torchvision.models.video import R2Plus1D_18_Weights
 
 from jmt_dist.config import AudioOptions, VisualOptions
@@ -25,7 +25,9 @@ from jmt_dist.model.heads import AudioModel, VisualModel
 URLS: dict[str, str] = {
     "kinetics400": R2Plus1D_18_Weights.KINETICS400_V1.url,
     "imagenet": ResNet18_Weights.IMAGENET1K_V1.url,
+    "imagenet-resnet50": ResNet50_Weights.IMAGENET1K_V1.url,
 }
+_OF_BACKBONE = {"r2plus1d": "kinetics400", "resnet50": "imagenet-resnet50", "resnet18": "imagenet"}
 FETCH = "launch/fetch_weights.py"
 _CLASSIFIERS = ("fc.", "classifier.")  # of the pretraining task: dropped by rule
 _WRAPPERS = ("model", "state_dict", "module")  # keys under which training programs put a state dict
@@ -38,20 +40,21 @@ def cache_folder() -> Path:
 
 
 def cached_path(name: str) -> Path:
-    """The place of `kinetics400` or `imagenet` in the cache."""
+    """The place of a name of `URLS` in the cache."""
     return cache_folder() / URLS[name].rsplit("/", 1)[-1]
 
 
 def find_weights(options: _Options) -> Path | None:
     """The file that `weights` names; None for `none`. UserError where it cannot be used or is not there."""
-    stage, own = ("visual", "kinetics400") if isinstance(options, VisualOptions) else ("audio", "imagenet")
+    stage, own = "visual" if isinstance(options, VisualOptions) else "audio", _OF_BACKBONE.get(options.backbone, "")
     if options.weights == "none":
         return None
-    if isinstance(options, VisualOptions) and options.depth == 10 and options.weights == own:
+    if isinstance(options, VisualOptions) and options.backbone == "r2plus1d" and options.depth == 10 and options.weights == own:
         raise UserError(f"{own} weights are for visual.depth=18; there are none for depth 10", "Take visual.weights=none or a file.")
     if options.weights in URLS:
         if options.weights != own:
-            raise UserError(f"{stage}.weights={options.weights} fits the other backbone", f"Take {own}, none or a file.")
+            remedy = f"Take {own}, none or a file." if own else "Take none or a file."
+            raise UserError(f"{stage}.weights={options.weights} fits another backbone than {stage}.backbone={options.backbone}", remedy)
         path = cached_path(own)
         if not path.is_file():
             raise UserError(
@@ -61,7 +64,9 @@ def find_weights(options: _Options) -> Path | None:
         return path
     path = Path(options.weights).expanduser()
     if not path.is_file():
-        raise UserError(f"{stage}.weights names a file that does not exist: {path}", f"Take {own}, none, or a .pth or .safetensors file.")
+        raise UserError(
+            f"{stage}.weights names a file that does not exist: {path}", f"Take {own or 'none'}, or a .pth or .safetensors file."
+        )
     return path
 
 
@@ -139,7 +144,8 @@ def _target(model: VisualModel | AudioModel, state: dict[str, Tensor]) -> tuple[
         return model, state
     if "net" in roots:
         return model.backbone, state
-    return model.backbone.net, {key: value for key, value in state.items() if not key.startswith(_CLASSIFIERS)}
+    net = getattr(model.backbone, "net", model.backbone)  # a backbone of one's own need not wrap one of torchvision's
+    return net, {key: value for key, value in state.items() if not key.startswith(_CLASSIFIERS)}
 
 
 def _one_channel(value: Tensor, own: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from jmt_dist.track.spool import Spool
 from jmt_dist.track.tracker import Tracker, load_run
 from jmt_dist.train import ranks, stop
 from jmt_dist.train.backbone import audio_stage, visual_stage
+from jmt_dist.train.describe import saturation
 from jmt_dist.train.extract import extract
 from jmt_dist.train.finetune import finetune_folder, finetune_key, finetune_stage, finetuned_features
 from jmt_dist.train.fuse import fusion_folder, fusion_stage, stored_features
@@ -119,6 +120,8 @@ def _fusion(plan: FoldPlan, spool: Spool) -> None:
             plan, f"fusion/{model}-seed{seed}", folder, key,
             lambda model=model, seed=seed: fusion_stage(plan, model, seed, train_set, validation_set),  # type: ignore[misc]
         )  # fmt: skip
+        if ranks.rank() == 0:
+            saturation(plan, model, seed, validation_set)
     if plan.recipe.finetune:
         _finetune(plan)
 
@@ -157,6 +160,8 @@ def _results(metrics: Mapping[str, Any]) -> dict[str, float]:
     found = of(names.RESULT, metrics)
     if "smoothed" in metrics:
         found |= of(f"{names.RESULT}/smoothed", metrics["smoothed"])
+    for modality, part in metrics.get("withheld", {}).items():
+        found |= of(f"{names.RESULT}/without_{modality}", part)
     for model, part in metrics["baselines"].items():
         found |= of(f"baseline/{model}", part)
     return found

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from jmt_dist.config import FusionModel
 from jmt_dist.data.features import FeatureLoader, FeatureSet, read_features
 from jmt_dist.data.geometry import LABEL_BACK
+from jmt_dist.data.pipeline import derive_seed
 from jmt_dist.errors import UserError
 from jmt_dist.model.zoo import make_fusion
 from jmt_dist.train.division import usable_ranks
@@ -50,7 +51,8 @@ def fusion_stage(plan: FoldPlan, model: FusionModel, seed: int, train: FeatureSe
     held = validation.select(options.validation_offsets)
 
     def predict(net: nn.Module, batch: Batch, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-        return net(batch["audio"].to(kind), batch["visual"].to(kind)), batch["va"]
+        audio, visual = withhold(batch, options.modality_dropout, draw.initial_seed())
+        return net(audio.to(kind), visual.to(kind)), batch["va"]
 
     def batches() -> Iterator[Batch]:
         return _dense(held, rank(), world(), plan.device)
@@ -75,6 +77,30 @@ def fusion_stage(plan: FoldPlan, model: FusionModel, seed: int, train: FeatureSe
     )  # fmt: skip
 
 
+def withhold(batch: Batch, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Audio and visual features [B, 8, 512] of a training batch; in a `share` of its subsequences one of the two, at random, is 0.
+
+    The draw is a function of the seed and the subsequence's name, so that it does not depend on the division over ranks.
+    """
+    audio, visual = batch["audio"], batch["visual"]
+    if not share:
+        return audio, visual
+    rows = torch.cat((batch["id"][:, :3].cpu(), batch["q"].cpu()[:, None]), 1).tolist()
+    draws = torch.tensor([derive_seed("withhold", seed, *row) for row in rows]).to(audio.device)
+    limit = round(share * 2**30)  # 31 bits are drawn: the lowest chooses the modality, the others whether
+    gone, which = (draws >> 1) < limit, draws & 1
+    return (
+        audio.masked_fill((gone & (which == 0))[:, None, None], 0),
+        visual.masked_fill((gone & (which == 1))[:, None, None], 0),
+    )
+
+
+def subsequences(features: FeatureSet, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Audio and visual features [B, 8, 512] of the first `count` subsequences at most."""
+    batch = next(_dense(features, 0, 1, device))
+    return batch["audio"][:count], batch["visual"][:count]
+
+
 def _dense(features: FeatureSet, first: int, step: int, device: torch.device) -> Iterator[Batch]:
     """All (sample, offset) pairs of `features`, every `step`-th chunk of them from `first`."""
     va, offsets = features.va(), len(features.offsets)
@@ -86,8 +112,14 @@ def _dense(features: FeatureSet, first: int, step: int, device: torch.device) ->
 
 
 @torch.no_grad()
-def predict_all(net: nn.Module, features: FeatureSet, device: torch.device) -> np.ndarray:
-    """Predictions [S, O, 8, 2] of a fusion model for all samples and offsets of `features`; this process alone."""
+def predict_all(net: nn.Module, features: FeatureSet, device: torch.device, withheld: str = "") -> np.ndarray:
+    """Predictions [S, O, 8, 2] of a fusion model for all samples and offsets of `features`; this process alone.
+
+    `withheld`: the modality, "audio" or "visual", whose features are 0, as where it is missing.
+    """
     net.eval()
-    parts = [net(batch["audio"], batch["visual"]).float().cpu().numpy() for batch in _dense(features, 0, 1, device)]
+    parts = []
+    for batch in _dense(features, 0, 1, device):
+        audio, visual = (torch.zeros_like(batch[name]) if name == withheld else batch[name] for name in ("audio", "visual"))
+        parts.append(net(audio, visual).float().cpu().numpy())
     return np.concatenate(parts).reshape(len(features.ident), len(features.offsets), 8, 2)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -15,15 +17,15 @@ from jmt_dist.evaluate.bootstrap import interval
 from jmt_dist.evaluate.metric import Scores, scores
 from jmt_dist.evaluate.predict import UnitRows, dense, write_predictions
 from jmt_dist.evaluate.smooth import Filter, smooth
-from jmt_dist.model.zoo import make_fusion
+from jmt_dist.train.describe import ms_per_1000_clips, parameters, saturation, trained
 from jmt_dist.train.engine import autocast
 from jmt_dist.train.finetune import finetune_key, finetuned, read_finetuned
-from jmt_dist.train.fuse import fusion_folder, predict_all, stored_features
+from jmt_dist.train.fuse import predict_all, stored_features
 from jmt_dist.train.plan import FoldPlan, claim, make_key
 from jmt_dist.train.ranks import barrier, rank
 from jmt_dist.train.stage import finished, write_json
-from jmt_dist.train.weights import load_weights
 
+MODALITIES = ("audio", "visual")  # also the fusion models that read one alone: nothing to withhold from them
 TARGETS = ("valence", "arousal", "average")
 Rows = dict[str, NDArray[np.float32]]
 
@@ -68,42 +70,68 @@ def _evaluate(plan: FoldPlan) -> dict[str, Any]:
     test = stored_features(plan, "test") if "test" in plan.parts else None
     units = _units(plan, validation)
     labels = unit_labels(validation, units)
-    runs: dict[str, list[Rows]] = {}
-    seeds: dict[str, list[int]] = {}
+    runs: dict[str, Runs] = {}
     for model, seed in plan.fusions():
-        net = make_fusion(plan.recipe.fusion.model_copy(update={"model": model}))
-        load_weights(net, fusion_folder(plan, model, seed) / "best.safetensors")
-        runs.setdefault(model, []).append(_predicted(plan, f"{model}-seed{seed}", net, validation, test, labels))
-        seeds.setdefault(model, []).append(seed)
+        net = trained(plan, model, seed)
+        one = runs.setdefault(model, Runs(parameters(net)))
+        _add(plan, one, model, seed, net, (validation, test), labels)
+        one.saturation.append(saturation(plan, model, seed, validation))
     for seed in plan.recipe.fusion.seeds if plan.recipe.finetune else []:
         name = f"{plan.recipe.fusion.model}-finetuned"
         sets = [read_finetuned(plan, seed, part) if part in plan.parts else None for part in ("validation", "test")]
         assert sets[0] is not None
-        found = _predicted(plan, f"{name}-seed{seed}", finetuned(plan, seed).fusion, sets[0], sets[1], labels)
-        runs.setdefault(name, []).append(found)
-        seeds.setdefault(name, []).append(seed)
+        net = finetuned(plan, seed).fusion.to(plan.device)
+        _add(plan, runs.setdefault(name, Runs(parameters(net))), name, seed, net, (sets[0], sets[1]), labels)
+    # apart from the scores: those are the same in every run of a recipe, times are not
+    write_json(plan.folder / "costs.json", {model: _cost(plan, one) for model, one in runs.items()})
     main = plan.recipe.fusion.model
-    summary = _summary(plan, runs[main], seeds[main], labels, units, plan.recipe.evaluate.bootstrap)
-    baselines = {m: _summary(plan, runs[m], seeds[m], labels, units, plan.recipe.evaluate.bootstrap) for m in runs if m != main}
-    return {"fold": plan.fold, "model": main, **summary, "units": len(units), "baselines": baselines}
+    found = {model: _summary(plan, one, labels, units) for model, one in runs.items()}
+    return {"fold": plan.fold, "model": main, **found.pop(main), "units": len(units), "baselines": found}
 
 
-def _predicted(plan: FoldPlan, name: str, net: nn.Module, validation: FeatureSet, test: FeatureSet | None, labels: Rows) -> Rows:
-    """Write one training's predictions, and return those of the validation units."""
-    folder = plan.folder / "evaluate" / name
+@dataclass
+class Runs:
+    """The trainings of one fusion model on a fold, by seed."""
+
+    parameters: int  # of the fusion alone, of a finetuned one too
+    seeds: list[int] = field(default_factory=list)
+    predictions: list[Rows] = field(default_factory=list)
+    saturation: list[dict[str, float]] = field(default_factory=list)
+    withheld: dict[str, list[Rows]] = field(default_factory=dict)  # the modality that is missing, predictions by seed
+    ms: float = 0.0
+
+
+def _add(
+    plan: FoldPlan, runs: Runs, name: str, seed: int, net: nn.Module, sets: tuple[FeatureSet, FeatureSet | None], labels: Rows
+) -> None:
+    """Write one training's predictions of validation and test, and keep those of the validation units, withheld modalities too."""
+    folder, (validation, test) = plan.folder / "evaluate" / f"{name}-seed{seed}", sets
     predictions = _predict(plan, net, validation)
     write_predictions(folder / "predictions.parquet", predictions, labels)
     if test is not None:
         write_predictions(folder / "test.parquet", _predict(plan, net, test), {})
-    return predictions
+    runs.seeds.append(seed)
+    runs.predictions.append(predictions)
+    for modality in plan.recipe.evaluate.withhold if name not in MODALITIES else ():
+        runs.withheld.setdefault(modality, []).append(_predict(plan, net, validation, modality))
+    runs.ms = runs.ms or ms_per_1000_clips(net, plan.device)
 
 
-def _predict(plan: FoldPlan, net: nn.Module, features: FeatureSet) -> Rows:
-    """Dense predictions of a fusion model, clipped to the scale of the labels."""
+def _cost(plan: FoldPlan, one: Runs) -> dict[str, Any]:
+    return {
+        "parameters": one.parameters,
+        "ms_per_1000_clips": one.ms,
+        "device": plan.device.type,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _predict(plan: FoldPlan, net: nn.Module, features: FeatureSet, withheld: str = "") -> Rows:
+    """Dense predictions of a fusion model, clipped to the scale of the labels; `withheld`: the modality that is missing."""
     offsets = plan.recipe.evaluate.offsets
     chosen = features.select(offsets)
     with autocast(plan.recipe.engine.precision, plan.device):
-        va = predict_all(net.to(plan.device), chosen, plan.device)
+        va = predict_all(net.to(plan.device), chosen, plan.device, withheld)
     found = dense(va, chosen.ident, offsets, _units(plan, chosen), plan.recipe.label)
     return {name: np.clip(rows, -1, 1) for name, rows in found.items()}
 
@@ -112,18 +140,22 @@ def _join(rows: Mapping[str, NDArray[Any]], units: list[UnitRows]) -> NDArray[An
     return np.concatenate([rows[unit.name] for unit in units])
 
 
-def _summary(plan: FoldPlan, runs: list[Rows], seeds: list[int], labels: Rows, units: list[UnitRows], rounds: int) -> dict[str, Any]:
-    """Scores over all labelled frames: the mean over seeds, each seed, the interval over videos, and the smoothed score."""
-    truth = _join(labels, units)
+def _summary(plan: FoldPlan, one: Runs, labels: Rows, units: list[UnitRows]) -> dict[str, Any]:
+    """Scores over all labelled frames: the mean over seeds, each seed, the interval over videos; smoothed, and with a modality withheld."""
+    truth, runs, options = _join(labels, units), one.predictions, plan.recipe.evaluate
     each = [scores(_join(run, units), truth) for run in runs]
     videos = np.concatenate([np.full(unit.rows, plan.manifest.units[unit.index].video) for unit in units])
     found: dict[str, Any] = {
         **_mean(each),
-        "seeds": [{"seed": seed, **one.to_dict()} for seed, one in zip(seeds, each, strict=True)],
-        "interval": interval(np.stack([_join(run, units) for run in runs]), truth, videos, rounds, plan.recipe.seed),
+        "seeds": [{"seed": seed, **score.to_dict()} for seed, score in zip(one.seeds, each, strict=True)],
+        "interval": interval(np.stack([_join(run, units) for run in runs]), truth, videos, options.bootstrap, plan.recipe.seed),
         "frames": each[0].frames,
+        "parameters": one.parameters,
     }
-    options = plan.recipe.evaluate
+    if one.saturation and one.saturation[0]:
+        found["saturation"] = {when: float(np.mean([shares[when] for shares in one.saturation])) for when in ("start", "end")}
+    if one.withheld:
+        found["withheld"] = {modality: _without(found, runs, units, truth) for modality, runs in one.withheld.items()}
     filters = Filter(options.smooth_valence_kind, options.smooth_valence), Filter(options.smooth_arousal_kind, options.smooth_arousal)
     if max(how.window for how in filters) > 1:
         smoothed = [scores(_join({name: smooth(va, *filters) for name, va in run.items()}, units), truth) for run in runs]
@@ -133,3 +165,9 @@ def _summary(plan: FoldPlan, runs: list[Rows], seeds: list[int], labels: Rows, u
 
 def _mean(each: list[Scores]) -> dict[str, float]:
     return {target: float(np.mean([getattr(one, target) for one in each])) for target in TARGETS}
+
+
+def _without(whole: Mapping[str, Any], runs: list[Rows], units: list[UnitRows], truth: NDArray[Any]) -> dict[str, Any]:
+    """Scores where a modality is withheld, and how much lower than with both they are."""
+    found = _mean([scores(_join(run, units), truth) for run in runs])
+    return {**found, "drop": {target: whole[target] - found[target] for target in TARGETS}}

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from jmt_dist.config import AudioOptions, VisualOptions
+from jmt_dist.errors import UserError
 from jmt_dist.model.backbones import AudioBackbone, VisualBackbone
 from jmt_dist.model.heads import AudioModel, Regressor, VisualModel
+from jmt_dist.model.registry import audio_backbone, make_visual, visual_backbone
+from jmt_dist.model.weights import load_initial
 
 
 def visual(**changes: object) -> VisualOptions:
@@ -118,3 +123,73 @@ def test_regressor_drops_in_training_only() -> None:
     head.eval()
     assert torch.equal(head(x), head(x)) and head(x).shape == (4, 8, 2)
     assert [m.p for m in head.modules() if isinstance(m, nn.Dropout)] == [0.8, 0.8]
+
+
+@pytest.mark.parametrize("pooling", ["average", "max"])
+def test_resnet50_pools_its_frames_and_sees_no_motion(pooling: str) -> None:
+    torch.manual_seed(0)
+    backbone = make_visual(visual(backbone="resnet50", pooling=pooling)).eval()
+    frames = torch.randn(2, 3, 8, 32, 32)
+    with torch.no_grad():
+        features = backbone(frames)
+        assert features.shape == (2, 512)
+        assert torch.allclose(backbone(frames.flip(2)), features, atol=1e-4)  # the order of the frames does not matter
+        each = torch.stack([backbone.net(frames[:, :, t]) for t in range(8)])
+        wanted = backbone.reduce(each.amax(0) if pooling == "max" else each.mean(0))
+        assert torch.allclose(features, wanted, atol=1e-4)
+        assert (backbone.net(frames[:, :, 0]) - backbone.net(frames[:, :, 1])).abs().max() > 1e-3
+
+
+def test_resnet50_trains_every_parameter() -> None:
+    torch.manual_seed(0)
+    model = VisualModel(visual(backbone="resnet50", dropout=0.0))
+    features, va = model(torch.randn(2, 2, 3, 8, 32, 32))
+    assert features.shape == (2, 2, 512) and va.shape == (2, 2, 2)
+    va.square().sum().backward()
+    assert not without_gradient(model)
+
+
+def test_a_backbone_of_ones_own_is_one_registered_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_faces.py").write_text(
+        "import torch\n"
+        "from jmt_dist.model.registry import audio_backbone, visual_backbone\n"
+        "class Mean(torch.nn.Module):\n"
+        "    def __init__(self, width):\n"
+        "        super().__init__()\n"
+        "        self.layer = torch.nn.Linear(3, width)\n"
+        "    def forward(self, frames):\n"
+        "        return self.layer(frames.mean((2, 3, 4)))\n"
+        "class Columns(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.layer = torch.nn.Linear(64, 512)\n"
+        "    def forward(self, mel):\n"
+        "        return self.layer(mel.mean(-1))\n"
+        "visual_backbone('mean')(lambda options: Mean(512))\n"
+        "visual_backbone('narrow')(lambda options: Mean(100))\n"
+        "audio_backbone('columns')(lambda options: Columns())\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    frames = torch.randn(2, 4, 3, 8, 32, 32)
+    model = VisualModel(visual(backbone="own_faces:mean"))
+    features, va = model(frames)
+    assert torch.allclose(features, model.backbone.layer(frames.mean((3, 4, 5))), atol=1e-6) and va.shape == (2, 4, 2)
+    assert AudioModel(audio(backbone="own_faces:columns"))(torch.randn(2, 4, 64, 107))[0].shape == (2, 4, 512)
+    torch.save({"layer.weight": torch.ones(512, 3), "layer.bias": torch.zeros(512)}, tmp_path / "own.pth")
+    load_initial(model, visual(backbone="own_faces:mean", weights=str(tmp_path / "own.pth")))
+    assert torch.equal(model.backbone.layer.weight, torch.ones(512, 3))
+    with pytest.raises(UserError, match="features of 100, the fusion takes 512"):
+        VisualModel(visual(backbone="own_faces:narrow"))(frames)
+
+
+def test_backbones_that_cannot_be_used_are_refused() -> None:
+    with pytest.raises(UserError, match=r"no visual backbone resnet5\. Did you mean resnet50"):
+        VisualModel(visual(backbone="resnet5"))
+    with pytest.raises(UserError, match=r"no audio backbone zzz\. Known: "):
+        AudioModel(audio(backbone="zzz"))
+    with pytest.raises(UserError, match="nowhere cannot be imported"):
+        VisualModel(visual(backbone="nowhere:mine"))
+    with pytest.raises(ValueError, match="'resnet50' already"):
+        visual_backbone("resnet50")(lambda options: nn.Identity())
+    with pytest.raises(ValueError, match="'resnet18' already"):
+        audio_backbone("resnet18")(lambda options: nn.Identity())

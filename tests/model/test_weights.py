@@ -150,7 +150,8 @@ def test_names(cache: Path) -> None:
     refused(VisualModel(VisualOptions(weights="none")), VisualOptions(), r"kinetics400 are not in .*launch/fetch_weights\.py")
     refused(AudioModel(AudioOptions()), AudioOptions(), r"imagenet are not in .*launch/fetch_weights\.py")
     refused(VisualModel(VisualOptions(depth=10, weights="none")), VisualOptions(depth=10), "none for depth 10")
-    refused(AudioModel(AudioOptions()), audio("kinetics400"), "fits the other backbone")
+    refused(AudioModel(AudioOptions()), audio("kinetics400"), "fits another backbone than audio.backbone=resnet18. Take imagenet,")
+    refused(VisualModel(VisualOptions(backbone="resnet50")), VisualOptions(backbone="resnet50"), "Take imagenet-resnet50, none or a file")
     refused(AudioModel(AudioOptions()), audio("no/such.pth"), "does not exist: no/such.pth")
     assert weights.load_initial(AudioModel(AudioOptions()), audio("none")) == "random weights"
     assert not cache.exists()

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from jmt_dist.config import PackOptions
+from jmt_dist.config import FusionOptions, PackOptions
 from jmt_dist.data.pack import pack
 from jmt_dist.evaluate.predict import read_predictions
+from jmt_dist.model.zoo import make_fusion
+from jmt_dist.track.spool import read_metrics
 from tests.data.tree import labels, write_unit
 from tests.ranks import run_ranks
 
@@ -85,6 +88,7 @@ def test_a_fold_runs_from_shards_to_metrics_and_is_not_repeated(place: Path, tmp
     metrics = json.loads((official / "metrics.json").read_text())
     assert metrics["frames"] == 2 * ROWS and metrics["units"] == 2 and set(metrics["baselines"]) == {"visual"}
     assert all(math.isfinite(metrics[target]) for target in ("valence", "arousal", "average"))
+    _the_result_says_what_the_model_is(official, metrics)
     rows = read_predictions(official / "evaluate" / "jmt-seed0" / "predictions.parquet")
     assert set(rows) == {"u5", "u6"}
     for k in (5, 6):
@@ -92,3 +96,19 @@ def test_a_fold_runs_from_shards_to_metrics_and_is_not_repeated(place: Path, tmp
         assert found.va.shape == (ROWS, 2) and np.isfinite(found.va).all()
         np.testing.assert_array_equal(found.labels, labels(ROWS, k))  # every frame has the label of its own row
     assert json.loads((official / "status.json").read_text())["state"] == "done"
+
+
+def _the_result_says_what_the_model_is(official: Path, metrics: dict[str, Any]) -> None:
+    """Parameters, saturation, what a missing modality costs, and times, which are kept apart from what a recipe determines."""
+    own = {"jmt": metrics, "visual": metrics["baselines"]["visual"]}
+    for model, part in own.items():
+        assert part["parameters"] == sum(p.numel() for p in make_fusion(FusionOptions(), model).parameters())
+        curves = read_metrics(official / "spool")
+        for when in ("start", "end"):
+            share = dict(curves[f"fusion/{model}-seed0/attention/saturation_{when}"])[0]
+            assert 0 <= share <= 1 and part["saturation"][when] == pytest.approx(share)
+    assert "withheld" not in own["visual"] and set(metrics["withheld"]) == {"audio", "visual"}
+    for part in metrics["withheld"].values():
+        assert part["drop"]["average"] == pytest.approx(metrics["average"] - part["average"])
+    costs = json.loads((official / "costs.json").read_text())
+    assert all(costs[model]["ms_per_1000_clips"] > 0 and costs[model]["parameters"] == own[model]["parameters"] for model in own)
