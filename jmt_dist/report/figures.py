@@ -272,7 +272,7 @@ def unit_errors(units: Sequence[UnitResult]) -> Figure | None:
     if not scored:
         return None
     known = [unit for unit in scored if unit.material is not None]
-    views = [("unit, best first", list(range(1, len(scored) + 1)), scored)]
+    views: list[tuple[str, list[float], list[UnitResult]]] = [("unit, best first", [float(n + 1) for n in range(len(scored))], scored)]
     if known:
         views.append(("frames without a face (%)", [100 * unit.material.faces_missing for unit in known if unit.material], known))
         views.append(("frames per second", [unit.material.fps for unit in known if unit.material], known))
