@@ -20,7 +20,7 @@ TRAIN = [
 
 
 def program(name, *words):
-    done = subprocess.run([sys.executable, str(ROOT / name), *map(str, words)], capture_output=True, text=True, timeout=500)
+    done = subprocess.run([sys.executable, str(ROOT / name), *map(str, words)], capture_output=True, text=True, timeout=1400)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
