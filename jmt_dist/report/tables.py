@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from jmt_dist.track.compare import CROSS_VALIDATION, PAPER_TABLE1, TARGETS, FoldResult, RunResult, Score, folds_mean, paper_mean
 
@@ -75,10 +76,20 @@ def runs_table(runs: Sequence[RunResult]) -> Table:
         own = [_with_interval(score, i) for i in range(3)] if score else [run.folds[0].reason, "", ""]
         done = len(run.folds) - len(run.missing)
         across = f"{mean[0][2]:.3f} ± {mean[1][2]:.3f}" if mean else "–"
-        rows.append((run.name, *own, across, f"{done} of {len(run.folds)}", *(run.recipe.get(key, "") for key in changed)))
+        rows.append((run.name, *own, across, f"{done} of {len(run.folds)}", *_costs(run), *(run.recipe.get(key, "") for key in changed)))
     bold = _best_cells(official, 1) | _best_cells(means, 4)
-    columns = ("run", *(f"official: {t}" for t in TARGETS), "folds 1-5: average", "folds done", *changed)
+    columns = ("run", *(f"official: {t}" for t in TARGETS), "folds 1-5: average", "folds done", *COSTS, *changed)
     return Table("Runs compared", columns, tuple(rows), bold, "CCC; brackets: 95 % interval by bootstrap over videos.")
+
+
+COSTS = ("parameters", "ms per 1,000 clips")
+
+
+def _costs(run: RunResult) -> tuple[str, str]:
+    """Size and time of a run's fusion model, from the first fold that has them; the time is of that fold's machine."""
+    known: Mapping[str, Any] = next((row.costs for row in run.folds if row.costs), {})
+    count, time = known.get("parameters"), known.get("ms_per_1000_clips")
+    return f"{count:,}" if isinstance(count, int) else "–", f"{time:.0f}" if isinstance(time, float) else "–"
 
 
 def changed_keys(runs: Sequence[RunResult], limit: int = 6) -> list[str]:

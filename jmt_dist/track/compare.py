@@ -9,7 +9,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class FoldResult:
     baselines: Mapping[str, Score] = field(default_factory=dict)
     frames: int = 0
     units: int = 0
+    costs: Mapping[str, Any] = field(default_factory=dict)  # of the fusion model: parameters, ms_per_1000_clips (costs.json)
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ def read_fold(out: Path, fold: str) -> FoldResult:
         return FoldResult(fold, reason=" ".join([state, *([f"in {stage}"] if stage else []), *([f"({reason})"] if reason else [])]))
     if metrics is None:
         return FoldResult(fold, reason="not run" if not (out / fold).exists() else "no metrics.json")
-    return fold_result(fold, metrics)
+    found, costs = fold_result(fold, metrics), _read(out / fold / "costs.json") or {}
+    return replace(found, costs=costs[found.model]) if isinstance(costs.get(found.model), dict) else found
 
 
 def fold_result(fold: str, metrics: Mapping[str, Any]) -> FoldResult:
