@@ -94,7 +94,7 @@ class CrossAttentions(nn.Module):
         }
 
     def _project_shared(self, streams: Mapping[str, Tensor]) -> dict[tuple[str, Pair], Tensor]:
-        parts = {}
+        parts: dict[tuple[str, Pair], Tensor] = {}
         for name, projections in self.project.items():
             assert isinstance(projections, Projections)
             matrices = dict(zip(self._roles, projections.matrices(), strict=True))
