@@ -20,7 +20,7 @@ FOLDS = ("official", "fold-1", "fold-2", "fold-3", "fold-4", "fold-5")
 WANTED = ("id.i32", "va.f32")
 WORDS = [
     "name=micro", "stages=[fusion,evaluate]", "visual.weights=none", "audio.weights=none", "features.offsets=[0,4]",
-    "engine.precision=fp32", "fusion.batch=4", "fusion.max_epochs=2", "fusion.patience=2", "fusion.save_steps=10",
+    "engine.precision=fp32", "fusion.batch=4", "fusion.max_epochs=8", "fusion.patience=8", "fusion.model=concat", "fusion.save_steps=10",
     "fusion.offsets_per_epoch=2", "fusion.validation_offsets=[0]", "fusion.jmt.scale=sqrt", "fusion.jmt.bias=log_length",
     "fusion.jmt.dropout=0.1", "evaluate.offsets=[0,4]", "evaluate.bootstrap=20",
 ]  # fmt: skip
