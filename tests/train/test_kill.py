@@ -79,8 +79,9 @@ def digests(official: Path) -> dict[str, Any]:
         str(path.relative_to(official)): hashlib.sha256(path.read_bytes()).hexdigest() for path in official.rglob("best.safetensors")
     }
     results = {str(path.relative_to(official)): json.loads(path.read_text()) for path in official.rglob("done.json")}
-    pace = (names.WAIT, names.SPEED)  # the clock's, not the training's
-    curves = {name: sorted(set(points)) for name, points in read_metrics(official / "spool").items() if not name.endswith(pace)}
+    pace = (names.WAIT, names.SPEED)  # the clock's and the machine's, not the training's
+    own = {name: points for name, points in read_metrics(official / "spool").items() if not name.startswith("system/")}
+    curves = {name: sorted(set(points)) for name, points in own.items() if not name.endswith(pace)}
     return {"weights": weights, "results": results, "metrics": json.loads((official / "metrics.json").read_text()), "curves": curves}
 
 
