@@ -39,7 +39,7 @@ class GpuBench(Options):
     size: Positive = Field(224, description="side of the visual input")
     depth: Positive = Field(18, description="layers of R(2+1)D")
     batch: Positive = Field(8, description="subsequences per visual step")
-    larger: list[int] = Field([16, 24], description="larger batches tried with the fastest visual setting")
+    larger: list[int] = Field([12, 16], description="larger batches tried with the fastest visual setting")
     decode_batches: list[int] = Field([8, 32, 64], description="strips per batch of the decoder")
     audio_batch: Positive = Field(64, description="subsequences per audio step")
     feature_batch: Positive = Field(8, description="samples per forward pass of the features stage")
