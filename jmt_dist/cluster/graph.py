@@ -29,7 +29,7 @@ class Node:
 def stage_hash(recipe: Recipe, stage: str) -> str:
     """8 hexadecimal digits of what `visual`, `audio` or `features` depends on, as far as a recipe says it."""
     data = recipe.model_dump(mode="json")
-    parts = [stage, data["data"]["shards"], data["folds"], data["engine"], data["seed"]]
+    parts = [stage, data["data"]["shards"], data["folds"], data["engine"], data["seed"], data["label"]]
     if stage == "features":
         stored = {key: value for key, value in data["features"].items() if key != "batch"}
         parts += [stage_hash(recipe, "visual"), stage_hash(recipe, "audio"), stored, data["evaluate"]["test"]]

@@ -9,6 +9,7 @@ machines need not agree. An owner that finds its lease taken ends at once, witho
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import secrets
 import socket
@@ -79,7 +80,7 @@ class Lease:
             with self._alone():
                 if self._is_mine():
                     self.path.unlink()
-        except OSError:
+        except (OSError, ValueError):
             return  # the next one waits until it has run out
 
     def _renew(self) -> None:
@@ -89,7 +90,7 @@ class Lease:
                     mine = self._is_mine()
                     if mine:
                         self._write()
-            except OSError:  # a full disk or a file system that is away: once it answers again the token tells
+            except (OSError, ValueError):  # a full disk or a file system that is away: once it answers again the token tells
                 continue
             if not mine:
                 self._lost()
@@ -101,7 +102,8 @@ class Lease:
         os._exit(1)
 
     def _is_mine(self) -> bool:
-        return read_json(self.path).get("token") == self.token
+        record = json.loads(self.path.read_text(encoding="utf-8"))  # what cannot be read tells nothing: no takeover
+        return bool(record.get("token") == self.token)
 
     def _write(self) -> None:
         self.beats += 1

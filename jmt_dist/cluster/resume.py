@@ -15,7 +15,9 @@ def resume(out: Path, wait: bool = False) -> int:
     """Submit again what is not done in a run folder or in a sweep's, with the recipes and the site it was submitted with."""
     out = out.expanduser().resolve()
     runs = status.read_json(out / SWEEP).get("variants", [])
-    jobs = read_jobs(next(run for run in reversed(runs_of(out))))
+    # on one machine a sweep's run folders get their jobs one after the other: the last that has some is the last that began
+    begun = [run for run in runs_of(out) if (run / "jobs.json").exists()]
+    jobs = read_jobs(begun[-1] if begun else out)
     folds = [str(fold) for fold in jobs.get("folds", [])]
     if not runs:
         options = SubmitOptions(recipe=str(out / "recipe.yaml"), site=str(out / "site.yaml"), out=str(out), folds=folds, wait=wait)

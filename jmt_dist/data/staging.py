@@ -39,9 +39,7 @@ def stage_in(shards: ShardSet, manifest: Manifest, folder: Path) -> int:
     Raises UserError where there is too little room or a copy is not what was packed.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        use = (folder / ".use").open("ab")
-        fcntl.flock(use, fcntl.LOCK_SH)
+        use = _use(folder)
     except OSError as error:
         raise UserError(f"site.staging: {folder} cannot be used ({error.strerror})", "Name another folder, or leave it empty.") from None
     if folder in _used:
@@ -79,6 +77,23 @@ def _copy(source: Path, target: Path, sha256: str) -> int:
     finally:
         part.unlink(missing_ok=True)
     return size
+
+
+def _use(folder: Path) -> IO[bytes]:
+    """The folder's lock, held for reading: once it is held nobody removes the folder."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            use = (folder / ".use").open("ab")
+        except FileNotFoundError:
+            continue
+        fcntl.flock(use, fcntl.LOCK_SH)
+        try:
+            if os.path.samestat(os.fstat(use.fileno()), (folder / ".use").stat()):
+                return use
+        except FileNotFoundError:
+            pass  # whoever held it was removing the folder: make it again
+        use.close()
 
 
 def _make_room(folder: Path, needed: int) -> None:

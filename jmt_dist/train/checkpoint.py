@@ -234,6 +234,8 @@ class Checkpoints:
                     chosen = str(folder)
                     break
                 refused.append(f"{folder}: {reason}")
+            if chosen:
+                self._set_aside(Path(chosen))
             choice = (chosen, refused)
         name, refused = from_first(choice)
         if rank() == 0:
@@ -246,6 +248,15 @@ class Checkpoints:
                 )
             return None
         return self._restore(engine, Path(name))
+
+    def _set_aside(self, chosen: Path) -> None:
+        """Rename the refused checkpoints newer than the chosen one: they would pass for saved when training comes to their step."""
+        for folder in self.found():
+            if folder == chosen:
+                return
+            aside = folder.with_name(f"refused-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(folder, aside)
 
     def _restore_best(self, folder: Path) -> None:
         if rank() == 0:

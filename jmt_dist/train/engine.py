@@ -86,7 +86,9 @@ def make_engine(
     }
     wrapped, *_ = deepspeed.initialize(model=model, optimizer=optimiser, lr_scheduler=scheduler, config=config)
     if engine.channels_last:  # only now: DeepSpeed's broadcast of the first weights refuses them (tried)
-        wrapped.module.to(memory_format=torch.channels_last_3d)
+        for parameter in wrapped.module.parameters():
+            if parameter.dim() == 5:  # `Module.to` would try those of 2-D convolutions, too
+                parameter.data = parameter.data.to(memory_format=torch.channels_last_3d)
     if plain:
         reduce_little(wrapped)
     elif engine.zero == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from datetime import UTC, datetime
@@ -54,7 +55,8 @@ class Status:
         self._stage = values["stage"]
         complete = values["step"] == values["steps"]
         if fresh or complete or clock - self._written > EVERY:
-            self.set(state="running", **values)
+            with contextlib.suppress(OSError):  # a full disk: training goes on, as it does without a checkpoint
+                self.set(state="running", **values)
         if fresh or complete or clock - self._printed > LINES:
             score = "" if values["score"] is None else f", best score {values['score']:.3f}"
             print(f"{self.fold} {values['stage']}: epoch {values['epoch']}, step {values['step']}/{values['steps']}{score}", flush=True)

@@ -163,8 +163,11 @@ class Trainer:
     def _say_needs(self, batch: Batch) -> None:
         """Before the first step: what the stage takes."""
         if self.forecast is not None:
-            need = self.forecast.need(self.stage.predict, batch, self.around.device)
-            print(f"{self.stage.name}: {need.line(self.stage.micro_batch, self.total)}", flush=True)
+            try:
+                need = self.forecast.need(self.stage.predict, batch, self.around.device).line(self.stage.micro_batch, self.total)
+            except Exception as error:  # a forecast without numbers cannot follow what looks at them; that must not end the training
+                need = f"what it takes cannot be told before it runs ({type(error).__name__})"
+            print(f"{self.stage.name}: {need}", flush=True)
             self.forecast = None
 
     def _beat(self, doing: str, *, alone: bool = False) -> None:

@@ -16,6 +16,7 @@ from jmt_dist.errors import UserError
 from jmt_dist.train.division import usable_ranks
 from jmt_dist.train.plan import FoldPlan
 from jmt_dist.train.ranks import world
+from jmt_dist.train.stop import Stopped
 
 MEND = "Restore or make it again (shards/verify_shards.py finds every damaged shard); the same command then goes on where it stopped."
 # of torch's allocators, of C++ (DALI passes its exceptions on as text), of CUDA and its libraries
@@ -24,17 +25,18 @@ _MEMORY = re.compile(r"not enough memory|can't allocate memory|cannot allocate m
 
 def explain(error: Exception, plan: FoldPlan, stage: str) -> Exception:
     """The error that a user can act on, where `error` is lack of memory or comes of a damaged shard; else `error` itself."""
-    if isinstance(error, UserError):
+    if isinstance(error, UserError | Stopped):  # a stop has seconds until the scheduler kills: nothing may be read for it
         return error
     if is_memory(error):
         return _out_of_memory(error, plan, stage)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" of {error.filename}" if error.filename else ""
         return UserError(f"{plan.fold} {stage}: no space is left on the file system{where}", "Make room; the same command goes on.")
-    found = damage(plan)
-    if found:
-        return UserError(found, MEND)
-    return error
+    # reading every shard takes minutes: the reason must be in the log before
+    print(f"{plan.fold} {stage}: {type(error).__name__}: {_first_line(error)}; looking for a damaged shard", flush=True)
+    with plan.around.watch.paused():
+        found = damage(plan)
+    return UserError(found, MEND) if found else error
 
 
 def is_memory(error: BaseException) -> bool:

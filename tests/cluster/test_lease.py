@@ -105,6 +105,17 @@ def test_another_machine_is_believed_until_its_lease_runs_out_by_our_clock(tmp_p
         wait_for(lambda: json.loads((tmp_path / lease.FILE).read_text())["beats"] > taken)
 
 
+def test_a_lease_that_cannot_be_read_for_a_while_is_no_takeover(tmp_path: Path) -> None:
+    """The process would end at once if it were."""
+    with Lease(tmp_path, "a", beat=0.02):
+        path = tmp_path / lease.FILE
+        held = path.read_text()
+        for text in ("{", None, held):
+            path.unlink() if text is None else path.write_text(text)
+            time.sleep(0.1)
+        wait_for(lambda: json.loads(path.read_text())["beats"] > json.loads(held)["beats"])
+
+
 def test_a_wait_can_be_ended(tmp_path: Path) -> None:
     record = {"owner": "job 7_1", "host": "far", "machine": "elsewhere", "token": "t", "beats": 3}
     (tmp_path / lease.FILE).write_text(json.dumps(record))

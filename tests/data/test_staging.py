@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing as mp
 import os
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -62,6 +65,20 @@ def test_a_damaged_tar_is_no_copy(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not what was packed"):
         staging.stage_in(part, manifest, tmp_path / "jmt-x")
     assert not (tmp_path / "jmt-x" / part.tars[0].name).exists()
+
+
+def test_a_folder_removed_while_one_waits_for_it_is_made_again(tmp_path: Path) -> None:
+    folder, found = tmp_path / "jmt-0", []
+    folder.mkdir()
+    with (folder / ".use").open("ab") as remover:
+        fcntl.flock(remover, fcntl.LOCK_EX)
+        waiter = threading.Thread(target=lambda: found.append(staging._use(folder)))
+        waiter.start()
+        time.sleep(0.1)  # long enough to wait at the lock; shorter tests less, and never wrongly fails
+        shutil.rmtree(folder)
+    waiter.join(30)
+    assert os.path.samestat(os.fstat(found[0].fileno()), (folder / ".use").stat())
+    found[0].close()
 
 
 def test_room_is_made_from_what_nobody_uses(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

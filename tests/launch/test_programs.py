@@ -173,7 +173,7 @@ def test_a_mistake_in_any_variant_is_found_before_the_first_is_submitted(workpla
         variants(write_sweep(workplace, "  {}\n"), [])
 
 
-@pytest.mark.parametrize(("name", "count"), [("grid", 12), ("ablation", 24)])
+@pytest.mark.parametrize(("name", "count"), [("grid", 12), ("ablation", 26)])
 def test_the_sweeps_of_the_repository_can_be_read_and_share_their_backbones(name: str, count: int) -> None:
     recipes = variants(ROOT / "launch" / "recipes" / f"{name}.yaml", [])
     assert len(recipes) == count and len({recipe.name for recipe in recipes.values()}) == count
@@ -192,6 +192,7 @@ def test_only_what_is_alike_is_shared() -> None:
         }
 
     every = ["visual", "audio", "features", "fusion", "evaluate"]
+    assert nodes(["label=end"], ["label=middle"]) == {"v0": (every, ()), "v1": (every, ())}
     assert nodes([]) == {"v0": (every, ())}
     assert nodes(["seed=1"], ["seed=2"]) == {"v0": (every, ()), "v1": (every, ())}
     assert nodes(["visual.batch=2"], ["visual.batch=4"]) == {

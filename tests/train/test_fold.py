@@ -28,8 +28,10 @@ def folds(rank: int, folder: Path, precision: str) -> tuple[dict[str, int], dict
 
 
 def stopped(rank: int, folder: Path, precision: str) -> str:
-    """The fold, asked to stop after the first step of its visual stage."""
-    from jmt_dist.train import report, stop
+    """The fold, asked to stop after the first step of its visual stage; it has no time to look for damaged shards then."""
+    from jmt_dist.train import report, stop, trouble
+
+    trouble.damage = None  # type: ignore[assignment]
 
     progress = report.Status.progress
 
@@ -54,6 +56,7 @@ def fold(folder: Path, precision: str) -> dict[str, int]:
         f"data.shards={folder}/shards",
         f"engine.precision={precision}",
         f"engine.zero={int(precision == 'fp32')}",
+        f"fusion.modality_dropout={0.3 if precision == 'autocast' else 0.0}",
         "visual.size=16",
         "evaluate.bootstrap=20",
     ]

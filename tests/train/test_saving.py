@@ -154,6 +154,23 @@ def re_any(text: str, words: list[str]) -> bool:
     return any(word in text for word in words)
 
 
+def stopped_at_a_damaged_step(rank: int, folder: Path) -> tuple[bool, list[str]]:
+    """A stage stopped after step 7, whose checkpoint of it is damaged, stopped there once more, and then ended."""
+    whole = test_stage.run(rank, folder / "whole", 1, 0)["result"]
+    stage = folder / "stage"
+    test_stage.run(rank, stage, 1, 7)
+    flip(stage / "checkpoints" / test_stage.newest(stage).name / "progress.json")
+    test_stage.run(rank, stage, 1, 7)
+    names = sorted(path.name for path in (stage / "checkpoints").iterdir())
+    return test_stage.run(rank, stage, 1, 0)["result"] == whole, names
+
+
+def test_the_step_of_a_refused_checkpoint_is_saved_anew(tmp_path: Path) -> None:
+    same, names = run_ranks(1, stopped_at_a_damaged_step, tmp_path)[0]
+    assert same
+    assert names == ["refused-step-00000007", "step-00000006", "step-00000007"]
+
+
 def results(rank: int, folder: Path) -> list[Any]:
     """A finished stage whose result or best weights are damaged, started again; at last without a checkpoint."""
     whole = test_stage.run(rank, folder, 1, 0)["result"]
