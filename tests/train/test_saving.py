@@ -46,6 +46,7 @@ def undisturbed(rank: int, folder: Path, zero: int) -> Any:
     return test_stage.run(rank, folder, 2, 0, plain=True, zero=zero)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("victim", "zero"), [(0, 0), (1, 0), (1, 1)])
 def test_a_rank_that_cannot_write_costs_a_checkpoint_and_nothing_else(tmp_path: Path, victim: int, zero: int) -> None:
     whole = run_ranks(2, undisturbed, tmp_path / "whole", zero)[0]["result"]
@@ -139,8 +140,7 @@ def damage_each(rank: int, folder: Path) -> list[tuple[str, str]]:
 
 def files(folder: Path, newest: str) -> list[Path]:
     return [path for path in (folder / "checkpoints" / newest).rglob("*") if path.is_file()]
-
-
+@pytest.mark.slow
 def test_every_damage_to_every_file_of_a_checkpoint_is_refused(tmp_path: Path) -> None:
     found = run_ranks(1, damage_each, tmp_path)[0]
     names = {case.split(" ", 1)[1] for case, _ in found}
@@ -163,8 +163,7 @@ def stopped_at_a_damaged_step(rank: int, folder: Path) -> tuple[bool, list[str]]
     test_stage.run(rank, stage, 1, 7)
     names = sorted(path.name for path in (stage / "checkpoints").iterdir())
     return test_stage.run(rank, stage, 1, 0)["result"] == whole, names
-
-
+@pytest.mark.slow
 def test_the_step_of_a_refused_checkpoint_is_saved_anew(tmp_path: Path) -> None:
     same, names = run_ranks(1, stopped_at_a_damaged_step, tmp_path)[0]
     assert same
