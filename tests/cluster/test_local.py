@@ -86,6 +86,8 @@ def test_a_crash_is_started_again_from_its_checkpoint_and_tries_are_bounded(work
     log = Path(text.split("failed: fold-2: ")[1].split("log ")[1].splitlines()[0])
     assert "no weights" in log.read_text()
     assert "official" in (out / "table1.csv").read_text()
+
+
 @pytest.mark.slow
 def test_a_fold_that_fails_for_good_leaves_a_table_of_five_and_a_clear_sixth(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOY_COMPARE", "jmt_dist.cluster.compare:compare")

@@ -115,6 +115,8 @@ def test_a_sweep_runs_every_variant_in_its_own_folder_shared_stages_once_and_goe
 
 def _toy_notes(folder: Path) -> list[dict[str, object]]:
     return [{**note, "run": run.name} for run in folder.iterdir() if run.is_dir() for note in starts(run) if "did" in note]
+
+
 @pytest.mark.slow
 def test_a_failed_shared_stage_fails_those_that_need_it_at_once_and_says_why(workplace: Workplace) -> None:
     sweep = write_sweep(workplace, "  plain: []\n  wide: [fusion.batch=4]\n")

@@ -140,6 +140,8 @@ def damage_each(rank: int, folder: Path) -> list[tuple[str, str]]:
 
 def files(folder: Path, newest: str) -> list[Path]:
     return [path for path in (folder / "checkpoints" / newest).rglob("*") if path.is_file()]
+
+
 @pytest.mark.slow
 def test_every_damage_to_every_file_of_a_checkpoint_is_refused(tmp_path: Path) -> None:
     found = run_ranks(1, damage_each, tmp_path)[0]
@@ -163,6 +165,8 @@ def stopped_at_a_damaged_step(rank: int, folder: Path) -> tuple[bool, list[str]]
     test_stage.run(rank, stage, 1, 7)
     names = sorted(path.name for path in (stage / "checkpoints").iterdir())
     return test_stage.run(rank, stage, 1, 0)["result"] == whole, names
+
+
 @pytest.mark.slow
 def test_the_step_of_a_refused_checkpoint_is_saved_anew(tmp_path: Path) -> None:
     same, names = run_ranks(1, stopped_at_a_damaged_step, tmp_path)[0]
