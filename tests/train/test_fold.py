@@ -78,7 +78,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("world", "precision"), [(2, "fp32"), (1, "autocast")])
+@pytest.mark.parametrize(("world", "precision"), [pytest.param(2, "fp32", marks=pytest.mark.slow), (1, "autocast")])
 def test_a_fold_runs_from_shards_to_metrics_and_is_not_repeated(place: Path, tmp_path: Path, world: int, precision: str) -> None:
     (tmp_path / "shards").symlink_to(place / "shards")
     if precision == "autocast":  # begun by two ranks, finished by one
