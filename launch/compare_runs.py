@@ -4,12 +4,14 @@
     python launch/compare_runs.py out=runs/demo fixture=fixture/fixture.json     also the ceilings that the fixture allows
     python launch/compare_runs.py out=runs/paper units=[video59] frames=true     curves of chosen units, with faces
     python launch/compare_runs.py out=runs/grid                                  a sweep's folder: its runs side by side, ranked
+    python launch/compare_runs.py out=runs/grid reference=best                   each against the best, not against jmt
     python launch/compare_runs.py 'runs=[runs/paper, runs/reference]' out=runs/both
     python launch/compare_runs.py store=sqlite:///runs/mlflow.db 'experiments=[paper]' 'tags={site: gpu}' out=runs/from-mlflow
 
 Prints the tables; writes table1.csv (or comparison.csv), the same as Markdown and LaTeX, and report.html, which needs no other file.
-Of one experiment also units.csv and smoothing.json; its tables are stored in its MLflow run. Several are ranked, each compared with
-the best by paired bootstrap over videos. Folds without a result are listed, and the exit code is then 3.
+Of one experiment also units.csv and smoothing.json; its tables are stored in its MLflow run. Several are ranked (ranking.csv), each
+compared by paired bootstrap over videos with `reference`: by default the run of jmt where others have other fusion models, else the
+best. Folds without a result are listed, and the exit code is then 3.
 """
 
 from __future__ import annotations
@@ -32,6 +34,10 @@ class CompareOptions(Options):
     store: str = Field("", description="MLflow tracking URI: compare the runs that it holds, by experiments= and tags=")
     experiments: list[str] = Field([], description="with store=: names of experiments; empty: all")
     tags: dict[str, str] = Field({}, description="with store=: tags that a run must carry")
+    reference: str = Field(
+        "",
+        description="of several runs: the one that all are compared with, by name, folder or model, or `best`; empty: jmt, else the best",
+    )
     fixture: str = Field("", description="fixture.json of the fixture that was trained on, for its ceilings")
     fold: str = Field("", description="fold whose units are shown one by one; empty: the first that has predictions")
     units: list[str] = Field([], description="units whose curves are shown; empty: the best two and the worst two")
@@ -59,10 +65,12 @@ def main(words: list[str]) -> int:
     several = bool(options.store or folders)
     if several and (options.fixture or options.units or options.frames or options.fold):
         raise UsageError("`fixture`, `fold`, `units` and `frames` go with the folds of one run", "Leave out runs= and store=.")
+    if options.reference and not several:
+        raise UsageError("`reference` goes with several runs", "Leave it out, or give runs=[…], store=… or a sweep's folder.")
     if several:
         runs = stored(options.store, options.experiments, options.tags, out / "from-mlflow") if options.store else paths(folders)
         print(f"comparing {len(runs)} runs: {', '.join(one.name for one in runs)}")
-        result = compare_runs(runs, out)
+        result = compare_runs(runs, out, options.reference)
     else:
         print(f"comparing the folds of {out} with the paper's Table 1")
         wishes = Wishes(options.fold, tuple(options.units), options.frames)

@@ -21,11 +21,15 @@ Interval = dict[str, tuple[float, float]]
 
 @dataclass(frozen=True)
 class Difference:
-    """Score of A minus score of B: point value, 95 % interval, and the share of resamples in which A is not better."""
+    """Score of A minus score of B: point value, 95 % interval, and the shares of resamples in which A is not better, not worse.
+
+    Resamples without a difference are in both shares: of two equal systems each is 1.
+    """
 
     value: dict[str, float]
     interval: Interval
     not_better: dict[str, float]
+    not_worse: dict[str, float]
 
 
 def interval(
@@ -56,6 +60,7 @@ def paired(
         value={name: float(point[0, i]) for i, name in enumerate(TARGETS)},
         interval=_quantiles(drawn),
         not_better={name: float(np.mean(drawn[:, i] <= 0)) for i, name in enumerate(TARGETS)},
+        not_worse={name: float(np.mean(drawn[:, i] >= 0)) for i, name in enumerate(TARGETS)},
     )
 
 

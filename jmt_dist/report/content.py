@@ -17,7 +17,7 @@ from jmt_dist.evaluate.stored import unit_video
 from jmt_dist.evaluate.windows import OutOfFold
 from jmt_dist.report import figures
 from jmt_dist.report.page import Content
-from jmt_dist.report.pairs import common_fold, rank_runs, ranking_table, smoothing_gain
+from jmt_dist.report.pairs import common_fold, rank_runs, ranking_csv, ranking_table, reference_of, smoothing_gain
 from jmt_dist.report.tables import Table, runs_table, systems_table, table1
 from jmt_dist.report.traces import NOTICE, RENDERED, choose_units, make_traces
 from jmt_dist.report.units import UnitResult, extremes_table, fold_predictions, read_material, unit_results
@@ -43,6 +43,7 @@ class Gathered:
     tables: list[Table] = field(default_factory=list)
     units: list[UnitResult] = field(default_factory=list)
     smoothing: dict[str, Any] = field(default_factory=dict)
+    ranking: str = ""  # as CSV
 
 
 def of_run(run: RunResult, ceilings: Mapping[str, Score] | None, wishes: Wishes) -> Gathered:
@@ -71,16 +72,22 @@ def of_run(run: RunResult, ceilings: Mapping[str, Score] | None, wishes: Wishes)
     return found
 
 
-def of_runs(runs: Sequence[RunResult], title: str = "Runs compared") -> Gathered:
-    """Several runs: their scores, and a ranking with the significance of every distance from the best."""
+def of_runs(runs: Sequence[RunResult], title: str = "Runs compared", reference: str = "") -> Gathered:
+    """Several runs: their scores, and a ranking with the significance of every distance from the `reference` (`reference_of`).
+
+    Raises UserError where no run is called so.
+    """
+    against = reference_of(runs, reference)
     content = Content(title, ", ".join(run.name for run in runs))
     content.omissions += [f"{run.name}, {row.fold}: {row.reason}" for run in runs for row in run.missing]
     found = Gathered(content, [runs_table(runs)])
     content.parts += found.tables
     fold = common_fold(runs) if len(runs) > 1 else None
     if fold is not None:
-        ranking = _try(content, "ranking", lambda: ranking_table(rank_runs(runs, fold), fold))
-        if ranking is not None:
+        ranks = _try(content, "ranking", lambda: rank_runs(runs, fold, reference=against))
+        if ranks is not None:
+            ranking = ranking_table(ranks, fold)
+            found.ranking = ranking_csv(ranks, fold)
             found.tables.append(ranking)
             content.parts.append(ranking)
     elif len(runs) > 1:

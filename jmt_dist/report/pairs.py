@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,27 +14,32 @@ from jmt_dist.evaluate.predict import UnitPrediction, read_predictions
 from jmt_dist.evaluate.smooth import smooth
 from jmt_dist.evaluate.stored import unit_video
 from jmt_dist.evaluate.windows import Choice
-from jmt_dist.report.tables import Table
-from jmt_dist.track.compare import FOLDS, RunResult
+from jmt_dist.report.tables import COSTS, Table, costs, costs_text, csv_text, with_interval
+from jmt_dist.track.compare import FOLDS, TARGETS, RunResult, Score
 
 ROUNDS = 5000
 LEVEL = 0.05
+BEST = "best"
+OURS = "jmt"
 
 Seeds = list[dict[str, UnitPrediction]]
 
 
 @dataclass(frozen=True)
 class Rank:
-    """A system, its score on the common fold (valence, arousal, average: mean over seeds), and what it lacks to the best one.
+    """A system, its score on the common fold (mean over seeds, interval), size and time, and its distance from the reference.
 
-    `p`: two-sided, by bootstrap; `adjusted`: after Holm's correction for all comparisons with the best. None: nothing can be said.
+    `distance`: this system minus the reference, None for the reference itself or where nothing can be said; `p`: two-sided, by
+    bootstrap; `adjusted`: after Holm's correction for all comparisons with the reference. `costs`: parameters, ms per 1,000 clips.
     """
 
     name: str
-    score: tuple[float, float, float]
-    behind: Difference | None = None
+    score: Score
+    distance: Difference | None = None
     p: float | None = None
     adjusted: float | None = None
+    reference: bool = False
+    costs: tuple[int | None, float | None] = (None, None)
 
 
 def common_fold(runs: Sequence[RunResult]) -> str | None:
@@ -45,20 +50,44 @@ def common_fold(runs: Sequence[RunResult]) -> str | None:
     return None
 
 
-def rank_runs(runs: Sequence[RunResult], fold: str, rounds: int = ROUNDS) -> list[Rank]:
-    """Runs, which all have a score on `fold` (`common_fold`), by its average, best first, each compared with the best.
+def reference_of(runs: Sequence[RunResult], wanted: str = "") -> int | None:
+    """Place of the run that the others are compared with; None: the best one, whichever that will be.
 
+    `wanted`: `best`, or the name, folder or fusion model of one run. Empty: the run of `jmt` where others have other fusion models,
+    else the best. Raises UserError where no run, or more than one, is called so.
+    """
+    if wanted == BEST:
+        return None
+    if wanted:
+        columns = ([run.name for run in runs], [run.out.name for run in runs], [run.model for run in runs])
+        called = [[i for i, name in enumerate(names) if name == wanted] for names in columns]
+        one = next((places for places in called if len(places) == 1), None)
+        if one is None:
+            known = ", ".join(dict.fromkeys([BEST, *(run.name for run in runs)]))
+            raise UserError(f"reference={wanted} names {'several runs' if any(called) else 'no run'}", f"There are: {known}.")
+        return one[0]
+    ours = [i for i, run in enumerate(runs) if run.model == OURS]
+    if len(ours) > 1:
+        ours = [i for i in ours if OURS in (runs[i].name, runs[i].out.name)]
+    return ours[0] if len(ours) == 1 and any(run.model not in (OURS, "") for run in runs) else None
+
+
+def rank_runs(runs: Sequence[RunResult], fold: str, rounds: int = ROUNDS, reference: int | None = None) -> list[Rank]:
+    """Runs, which all have a score on `fold` (`common_fold`), by its average, best first, each compared with one of them.
+
+    `reference`: the place in `runs` of that one, as `reference_of` gives it; None: the best.
     Raises UserError where their predictions are not of the same units and labels: other shards or another division into folds.
     """
     index = FOLDS.index(fold)
     seeds = [[read_predictions(file) for file in run.predictions(fold, run.folds[index].model or run.model)] for run in runs]
-    scores = [score.values() if (score := run.folds[index].score) is not None else (np.nan,) * 3 for run in runs]
-    order = sorted(range(len(runs)), key=lambda i: -scores[i][2])
-    best = order[0]
+    scores = [run.folds[index].score or Score(np.nan, np.nan, np.nan) for run in runs]
+    order = sorted(range(len(runs)), key=lambda i: -scores[i].average)
+    middle = order[0] if reference is None else reference
     found = []
     for i in order:
-        difference = None if i == best else compare(seeds[best], seeds[i], (runs[best].name, runs[i].name), rounds)
-        found.append(Rank(runs[i].name, scores[i], difference, None if difference is None else two_sided(difference, rounds)))
+        distance = None if i == middle else compare(seeds[i], seeds[middle], (runs[i].name, runs[middle].name), rounds)
+        p = None if distance is None else two_sided(distance, rounds)
+        found.append(Rank(runs[i].name, scores[i], distance, p, reference=i == middle, costs=costs(runs[i])))
     return adjust(found)
 
 
@@ -86,8 +115,8 @@ def smoothing_gain(seeds: Seeds, choice: Choice, rounds: int = ROUNDS) -> tuple[
 
 def two_sided(difference: Difference, rounds: int) -> float:
     """p of no difference of the averages: twice the smaller tail, and never below what `rounds` resamples can show."""
-    tail = difference.not_better["average"]
-    return float(min(1.0, max(2 * min(tail, 1 - tail), 2 / rounds)))
+    tail = min(difference.not_better["average"], difference.not_worse["average"])
+    return float(min(1.0, max(2 * tail, 2 / rounds)))
 
 
 def adjust(ranks: Sequence[Rank]) -> list[Rank]:
@@ -98,32 +127,66 @@ def adjust(ranks: Sequence[Rank]) -> list[Rank]:
     for place, (p, i) in enumerate(asked):
         highest = max(highest, min(1.0, p * (len(asked) - place)))
         adjusted[i] = highest
-    return [Rank(rank.name, rank.score, rank.behind, rank.p, adjusted.get(i)) for i, rank in enumerate(ranks)]
+    return [replace(rank, adjusted=adjusted.get(i)) for i, rank in enumerate(ranks)]
+
+
+def verdict(rank: Rank, best: bool) -> str:
+    """What the numbers of a row come to, in a word or two; `best`: the reference is the first of the ranking."""
+    if rank.reference:
+        return "best" if best else "reference"
+    if rank.distance is None or rank.adjusted is None:
+        return "too few videos to say"
+    if rank.adjusted >= LEVEL:
+        return "not told apart"
+    return "ahead" if rank.distance.value["average"] > 0 else "behind"
 
 
 def ranking_table(ranks: Sequence[Rank], fold: str) -> Table:
-    """The ranking as a table; the best and all that are not significantly behind it are bold."""
-    rows, bold = [], set()
+    """The ranking as a table: scores, interval, distance from the reference, size and time; the highest average is bold, and where
+    it is the reference, so are all that cannot be told apart from it."""
+    rows, bold = [], {(0, 4)}
+    against = next(rank.name for rank in ranks if rank.reference)
+    best = ranks[0].reference
     for i, rank in enumerate(ranks):
-        scores = tuple(f"{value:.3f}" for value in rank.score)
-        if i == 0:
-            tail: tuple[str, ...] = ("", "", "best")
-        elif rank.behind is None or rank.adjusted is None:
-            tail = ("", "", "too few videos to say")
-        else:
-            low, high = rank.behind.interval["average"]
-            verdict = "behind" if rank.adjusted < LEVEL else "not told apart"
-            tail = (f"−{rank.behind.value['average']:.3f} [{-high:.3f}, {-low:.3f}]", _p(rank.adjusted), verdict)
-        if tail[-1] in ("best", "not told apart"):
-            bold.add((i, 3 + 1))
-        rows.append((str(i + 1), rank.name, *scores, *tail))
+        scores = (f"{rank.score.valence:.3f}", f"{rank.score.arousal:.3f}", with_interval(rank.score, 2))
+        said = verdict(rank, best)
+        distance, p = "", ""
+        if rank.distance is not None and rank.adjusted is not None:
+            low, high = rank.distance.interval["average"]
+            distance, p = f"{_signed(rank.distance.value['average'])} [{_signed(low)}, {_signed(high)}]", _p(rank.adjusted)
+        if best and said == "not told apart":
+            bold.add((i, 4))
+        rows.append((str(i + 1), rank.name, *scores, distance, p, said, *costs_text(rank.costs)))
+    whom = f"the best, {against}" if best else against
     note = (
-        f"Fold {fold}, mean over seeds. Behind the best: difference of the averages with its 95 % interval, both systems scored on the "
-        f"same {ROUNDS:,} resamples of the videos; p two-sided, after Holm's correction for {max(0, len(ranks) - 1)} comparisons. "
-        f"Bold: the best, and what cannot be told apart from it at {LEVEL:.0%}."
+        f"Fold {fold}, mean over seeds; brackets: 95 % interval by bootstrap over videos. Every run is compared with {whom}: difference "
+        f"of the averages with its interval, both systems scored on the same {ROUNDS:,} resamples of the videos; p two-sided, after "
+        f"Holm's correction for {max(0, len(ranks) - 1)} comparisons; told apart below {LEVEL:.0%}. "
+        f"Bold: the highest average{', and what cannot be told apart from it' if best else ''}."
     )
-    columns = ("rank", "run", "valence", "arousal", "average", "behind the best", "p", "verdict")
-    return Table(f"Ranking on fold {fold}", columns, tuple(rows), frozenset(bold), note)
+    columns = ("rank", "run", *TARGETS, f"minus {against}", "p", "verdict", *COSTS)
+    return Table(f"Ranking on fold {fold}, against {against}", columns, tuple(rows), frozenset(bold), note)
+
+
+def ranking_csv(ranks: Sequence[Rank], fold: str) -> str:
+    """The ranking as CSV, every number in full; empty where it is unknown."""
+    against = next(rank.name for rank in ranks if rank.reference)
+    head = ["rank", "run", "fold", *TARGETS, "average_low", "average_high", "reference", "difference", "difference_low"]
+    rows = [[*head, "difference_high", "p", "p_holm", "verdict", "parameters", "ms_per_1000_clips"]]
+    for i, rank in enumerate(ranks):
+        own = (rank.score.interval or {}).get("average", (None, None))
+        d = rank.distance
+        distance = (None,) * 3 if d is None else (d.value["average"], *d.interval["average"])
+        numbers = [*rank.score.values(), *own, against, *distance, rank.p, rank.adjusted]
+        cells = ["" if x is None else f"{x:.6f}" if isinstance(x, float) else str(x) for x in numbers]
+        size, time = rank.costs
+        tail = [verdict(rank, ranks[0].reference), "" if size is None else str(size), "" if time is None else f"{time:.3f}"]
+        rows.append([str(i + 1), rank.name, fold, *cells, *tail])
+    return csv_text(rows)
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
 
 
 def _p(value: float) -> str:

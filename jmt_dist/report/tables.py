@@ -15,7 +15,7 @@ from jmt_dist.track.compare import CROSS_VALIDATION, PAPER_TABLE1, TARGETS, Fold
 def table1_csv(run: RunResult) -> str:
     """The six rows as CSV: fold,valence,arousal,average; `nan` where a fold has no score."""
     rows = [[row.fold, *(f"{v:.6f}" for v in _values(row.score))] for row in run.folds]
-    return _csv([["fold", *TARGETS], *rows])
+    return csv_text([["fold", *TARGETS], *rows])
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def table1(run: RunResult) -> Table:
     """Table 1: CCC and 95 % interval of each fold, the paper's numbers beside, and the mean over folds 1 to 5."""
     rows: list[tuple[str, ...]] = []
     for row in run.folds:
-        own = [_with_interval(row.score, i) for i in range(3)] if row.score else [row.reason, "", ""]
+        own = [with_interval(row.score, i) for i in range(3)] if row.score else [row.reason, "", ""]
         rows.append((row.fold, *own, *(f"{value:.3f}" for value in PAPER_TABLE1[row.fold])))
     mean = folds_mean(run)
     count = sum(row.fold in CROSS_VALIDATION and row.score is not None for row in run.folds)
@@ -57,7 +57,7 @@ def systems_table(row: FoldResult, ceilings: Mapping[str, Score] | None = None) 
         return None
     ranked = sorted(row.baselines.items(), key=lambda item: -item[1].average)
     systems = [(row.model, row.score), *ranked]
-    cells = [(f"{name} ({_seeds(score)})", *(_with_interval(score, i) for i in range(3)), _spread(score)) for name, score in systems]
+    cells = [(f"{name} ({_seeds(score)})", *(with_interval(score, i) for i in range(3)), _spread(score)) for name, score in systems]
     bold = _best_cells([score.values() for _, score in systems], 1)
     for name, score in (ceilings or {}).items():
         cells.append((f"ceiling: {name}", *(f"{value:.3f}" for value in score.values()), ""))
@@ -73,10 +73,12 @@ def runs_table(runs: Sequence[RunResult]) -> Table:
         score, mean = run.folds[0].score, folds_mean(run)
         official.append(_values(score))
         means.append((mean[0][2] if mean else math.nan,))
-        own = [_with_interval(score, i) for i in range(3)] if score else [run.folds[0].reason, "", ""]
+        own = [with_interval(score, i) for i in range(3)] if score else [run.folds[0].reason, "", ""]
         done = len(run.folds) - len(run.missing)
         across = f"{mean[0][2]:.3f} ± {mean[1][2]:.3f}" if mean else "–"
-        rows.append((run.name, *own, across, f"{done} of {len(run.folds)}", *_costs(run), *(run.recipe.get(key, "") for key in changed)))
+        rows.append(
+            (run.name, *own, across, f"{done} of {len(run.folds)}", *costs_text(costs(run)), *(run.recipe.get(key, "") for key in changed))
+        )
     bold = _best_cells(official, 1) | _best_cells(means, 4)
     columns = ("run", *(f"official: {t}" for t in TARGETS), "folds 1-5: average", "folds done", *COSTS, *changed)
     return Table("Runs compared", columns, tuple(rows), bold, "CCC; brackets: 95 % interval by bootstrap over videos.")
@@ -85,11 +87,17 @@ def runs_table(runs: Sequence[RunResult]) -> Table:
 COSTS = ("parameters", "ms per 1,000 clips")
 
 
-def _costs(run: RunResult) -> tuple[str, str]:
-    """Size and time of a run's fusion model, from the first fold that has them; the time is of that fold's machine."""
+def costs(run: RunResult) -> tuple[int | None, float | None]:
+    """Parameters of a run's fusion model and its ms per 1,000 clips, from the first fold that has them, on that fold's machine."""
     known: Mapping[str, Any] = next((row.costs for row in run.folds if row.costs), {})
     count, time = known.get("parameters"), known.get("ms_per_1000_clips")
-    return f"{count:,}" if isinstance(count, int) else "–", f"{time:.0f}" if isinstance(time, float) else "–"
+    return count if isinstance(count, int) else None, float(time) if isinstance(time, int | float) else None
+
+
+def costs_text(known: tuple[int | None, float | None]) -> tuple[str, str]:
+    """`costs` as the cells of the columns `COSTS`."""
+    count, time = known
+    return "–" if count is None else f"{count:,}", "–" if time is None else f"{time:.0f}"
 
 
 def changed_keys(runs: Sequence[RunResult], limit: int = 6) -> list[str]:
@@ -105,7 +113,7 @@ def runs_csv(runs: Sequence[RunResult]) -> str:
         for row in run.folds:
             low, high = (row.score.interval or {}).get("average", (math.nan, math.nan)) if row.score else (math.nan, math.nan)
             rows.append([run.name, row.fold, *(f"{v:.6f}" for v in (*_values(row.score), low, high))])
-    return _csv(rows)
+    return csv_text(rows)
 
 
 def markdown(table: Table) -> str:
@@ -145,7 +153,8 @@ def _tex(text: str) -> str:
     return "".join(_TEX.get(letter, letter) for letter in text)
 
 
-def _with_interval(score: Score, index: int) -> str:
+def with_interval(score: Score, index: int) -> str:
+    """A score's valence (0), arousal (1) or average (2), and its 95 % interval where it has one."""
     text = f"{score.values()[index]:.3f}"
     if score.interval is None:
         return text
@@ -175,7 +184,8 @@ def _best_cells(rows: Sequence[Sequence[float]], first: int) -> frozenset[tuple[
     return frozenset(cells)
 
 
-def _csv(rows: Sequence[Sequence[str]]) -> str:
+def csv_text(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as CSV, lines ending in a line feed."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()

@@ -59,11 +59,19 @@ def _ways_to_see(out: Path) -> list[str]:
     return [f"learning curves: {mlflow if mlflow.is_file() else 'mlflow'} ui --backend-store-uri {parent.uri}"]
 
 
-def compare_runs(runs: Sequence[RunResult], out: Path) -> Comparison:
-    """Several runs side by side: writes comparison.csv, .md and .tex and report.html into `out`."""
-    found = of_runs(runs)
+def compare_runs(runs: Sequence[RunResult], out: Path, reference: str = "") -> Comparison:
+    """Several runs side by side: writes comparison.csv, .md and .tex, ranking.csv and report.html into `out`.
+
+    `reference`: what the ranking compares every run with (`pairs.reference_of`). Raises UserError where no run is called so.
+    """
+    found = of_runs(runs, reference=reference)
     out.mkdir(parents=True, exist_ok=True)
-    result = _written(out, {"comparison.csv": runs_csv(runs), **_texts("comparison", found)}, found)
+    texts = {"comparison.csv": runs_csv(runs)}
+    if found.ranking:
+        texts["ranking.csv"] = found.ranking
+    else:
+        (out / "ranking.csv").unlink(missing_ok=True)  # of an earlier comparison, of other runs
+    result = _written(out, {**texts, **_texts("comparison", found)}, found)
     problem = publish_comparison(runs, out, result.files)
     if problem:
         result.omissions.append(problem)

@@ -80,7 +80,7 @@ def test_paired_difference_sees_what_single_intervals_hide():
     assert difference.interval["average"][0] > 0 and difference.not_better["average"] == 0
     assert difference.value["average"] == pytest.approx(scores(better, t).average - scores(p, t).average, abs=1e-12)
     same = paired(p, p, t, g)
-    assert same.value["average"] == 0 and same.not_better["average"] == 1
+    assert same.value["average"] == 0 and same.not_better["average"] == same.not_worse["average"] == 1
 
 
 def test_nothing_can_be_said_of_one_video():

@@ -1,5 +1,6 @@
 """Rankings and their significance, by paths and from a store alone."""
 
+import csv
 import json
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from scipy.stats import false_discovery_control
 
@@ -15,17 +17,18 @@ from jmt_dist.errors import UserError
 from jmt_dist.evaluate.metric import ccc
 from jmt_dist.evaluate.predict import write_predictions
 from jmt_dist.recipe import build, dump, word_layer
-from jmt_dist.report.pairs import Rank, adjust, common_fold, rank_runs, ranking_table
+from jmt_dist.report.pairs import Rank, adjust, common_fold, rank_runs, ranking_csv, ranking_table, reference_of
 from jmt_dist.report.select import paths, stored
 from jmt_dist.report.tables import Table, latex
-from jmt_dist.track.compare import read_run
+from jmt_dist.report.write import compare_runs, show
+from jmt_dist.track.compare import Score, read_run
 from jmt_dist.track.tracker import ParentRun, create_child
 
 ROOT = Path(__file__).parents[2]
 VIDEOS = 14
 
 
-def make(out, name, noise, fold="official", seeds=2, truth_seed=0):
+def make(out, name, noise, fold="official", seeds=2, truth_seed=0, model="jmt"):
     """A run whose predictions are the labels, half as large, and noise of its own."""
     out.mkdir(parents=True, exist_ok=True)
     dump(build(Recipe, [word_layer(f"name={name}"), word_layer(f"fusion.seeds={list(range(seeds))}")]), out / "recipe.yaml")
@@ -36,11 +39,12 @@ def make(out, name, noise, fold="official", seeds=2, truth_seed=0):
     for seed in range(seeds):
         draw = np.random.default_rng([len(name), int(noise * 1000), seed])
         va = {u: (0.8 * t + draw.normal(0, noise, t.shape)).astype(np.float32) for u, t in truth.items()}
-        write_predictions(out / fold / "evaluate" / f"jmt-seed{seed}" / "predictions.parquet", va, truth)
+        write_predictions(out / fold / "evaluate" / f"{model}-seed{seed}" / "predictions.parquet", va, truth)
         joined = np.concatenate([va[u] for u in truth]), np.concatenate(list(truth.values()))
         each.append([ccc(joined[0][:, k], joined[1][:, k]) for k in range(2)])
     v, a = np.mean(each, axis=0)
-    metrics = {"model": "jmt", "valence": v, "arousal": a, "average": (v + a) / 2, "interval": None, "baselines": {}}
+    scores = {"valence": v, "arousal": a, "average": (v + a) / 2}
+    metrics = {"model": model, **scores, "interval": {k: (x - 0.1, x + 0.1) for k, x in scores.items()}, "baselines": {}}
     (out / fold / "metrics.json").write_text(json.dumps(metrics))
     return out
 
@@ -57,17 +61,123 @@ def test_the_ranking_tells_apart_what_differs_and_nothing_else(sweep):
     runs = paths([sweep])
     ranks = rank_runs(runs, common_fold(runs), 2000)
     assert [rank.name for rank in ranks][2:] == ["bad", "worse"] and {ranks[0].name, ranks[1].name} == {"good", "twin"}
-    assert ranks[0].behind is None and ranks[1].adjusted > 0.05 and ranks[2].adjusted < 0.05 and ranks[3].adjusted < 0.05
+    assert (
+        ranks[0].distance is None
+        and ranks[0].reference
+        and ranks[1].adjusted > 0.05
+        and ranks[2].adjusted < 0.05
+        and ranks[3].adjusted < 0.05
+    )
     for rank in ranks[1:]:
-        assert rank.behind.value["average"] == pytest.approx(ranks[0].score[2] - rank.score[2], abs=1e-9)
+        assert rank.distance.value["average"] == pytest.approx(rank.score.average - ranks[0].score.average, abs=1e-9)
     table = ranking_table(ranks, "official")
-    assert [row[-1] for row in table.rows] == ["best", "not told apart", "behind", "behind"]
+    assert [row[7] for row in table.rows] == ["best", "not told apart", "behind", "behind"]
     assert table.bold == {(0, 4), (1, 4)} and table.rows[3][5].startswith("−0.")
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    """Three fusion models; `gated` is the best, `jmt` in the middle; folders as a sweep names them."""
+    base = tmp_path_factory.mktemp("zoo") / "zoo"
+    for model, noise in (("jmt", 0.30), ("gated", 0.2), ("lstm", 0.2995)):
+        make(base / model, f"demo-{model}", noise, model=model)
+        costs = {model: {"parameters": 1_000_000 + len(model), "ms_per_1000_clips": 81.64}}
+        (base / model / "official" / "costs.json").write_text(json.dumps(costs))
+    return base
+
+
+def resampled(runs, rounds):
+    """[rounds, runs] average CCC of each run on the same resamples of videos: frames counted as often as their video is drawn,
+    moments by np.average over frames, in another order of draws than ours."""
+    tables = [[pq.read_table(file).to_pandas() for file in run.predictions("official", run.model)] for run in runs]
+    video = tables[0][0].unit.str.split("_").str[0]
+    videos = sorted(set(video))
+    draw = np.random.default_rng(12345).integers(0, len(videos), (rounds, len(videos)))
+    times = np.stack([(draw == k).sum(axis=1) for k in range(len(videos))], axis=1)
+    weight = times[:, video.map({name: k for k, name in enumerate(videos)})].astype(np.float64)
+    weight /= weight.sum(axis=1, keepdims=True)
+
+    def score(x, y):
+        x, y = x.to_numpy(np.float64), y.to_numpy(np.float64)
+        mx, my = weight @ x, weight @ y
+        vx, vy = (weight * (x - mx[:, None]) ** 2).sum(axis=1), (weight * (y - my[:, None]) ** 2).sum(axis=1)
+        cov = (weight * (x - mx[:, None]) * (y - my[:, None])).sum(axis=1)
+        return 2 * cov / (vx + vy + (mx - my) ** 2)
+
+    targets = [(target, f"{target}_label") for target in ("valence", "arousal")]
+    return np.stack([np.mean([score(t[p], t[y]) for t in seeds for p, y in targets], axis=0) for seeds in tables], axis=1)
+
+
+def test_every_run_against_jmt_as_an_independent_bootstrap_has_it(zoo):
+    runs = paths([zoo])
+    ranks = rank_runs(runs, "official", 2000, reference_of(runs))
+    assert [(rank.name, rank.reference) for rank in ranks] == [("demo-gated", False), ("demo-jmt", True), ("demo-lstm", False)]
+    drawn = dict(zip([run.name for run in runs], resampled(runs, 2000).T, strict=True))
+    tails = {}
+    for rank in (ranks[0], ranks[2]):
+        difference = drawn[rank.name] - drawn["demo-jmt"]
+        low, high = np.percentile(difference, (2.5, 97.5))
+        width = high - low
+        assert rank.distance.interval["average"] == pytest.approx((low, high), abs=0.15 * width)  # 2,000 draws know it to 5 %
+        tails[rank.name] = max(2 * min(np.mean(difference <= 0), np.mean(difference >= 0)), 2 / 2000)
+        assert rank.p == pytest.approx(tails[rank.name], abs=0.05)
+    assert ranks[0].p == 2 / 2000 and 0.05 < ranks[2].p < 1  # one is clear, of the other there is something to get wrong
+    assert (ranks[0].adjusted, ranks[2].adjusted) == (2 * ranks[0].p, ranks[2].p)
+    table = ranking_table(ranks, "official")
+    assert table.columns[5:] == ("minus demo-jmt", "p", "verdict", "parameters", "ms per 1,000 clips")
+    assert [row[7] for row in table.rows] == ["ahead", "reference", "not told apart"] and table.bold == {(0, 4)}
+    assert table.rows[0][5].startswith("+0.") and table.rows[2][5].startswith("−0.") and table.rows[1][5] == ""
+    assert table.rows[1][4] == "{0:.3f} [{1:.3f}, {2:.3f}]".format(a := ranks[1].score.average, a - 0.1, a + 0.1)
+    assert [row[8:] for row in table.rows] == [("1,000,005", "82"), ("1,000,003", "82"), ("1,000,004", "82")]
+    assert "Every run is compared with demo-jmt:" in table.note and "Holm's correction for 2 comparisons" in table.note
+    lines = list(csv.DictReader(ranking_csv(ranks, "official").splitlines()))
+    assert [line["reference"] for line in lines] == ["demo-jmt"] * 3 and lines[1]["difference"] == lines[1]["p"] == ""
+    for line, rank in zip((lines[0], lines[2]), (ranks[0], ranks[2]), strict=True):
+        assert float(line["difference"]) == pytest.approx(rank.score.average - ranks[1].score.average, abs=2e-6)
+        assert (float(line["p"]), float(line["p_holm"])) == pytest.approx((rank.p, rank.adjusted), abs=1e-6)
+        assert (line["verdict"], line["ms_per_1000_clips"]) == ("ahead" if rank is ranks[0] else "not told apart", "81.640")
+
+
+def test_a_run_equal_to_the_reference_is_not_told_apart_from_it(zoo, tmp_path):
+    shutil.copytree(zoo / "jmt", tmp_path / "copy")
+    ranks = rank_runs([read_run(zoo / "jmt"), read_run(tmp_path / "copy")], "official", 500)
+    assert [rank.p for rank in ranks] == [None, 1.0] and ranking_table(ranks, "official").rows[1][7] == "not told apart"
+
+
+def test_which_run_the_others_are_compared_with(zoo, sweep):
+    runs = paths([zoo])
+    names = [run.name for run in runs]
+    assert names[reference_of(runs)] == names[reference_of(runs, "jmt")] == names[reference_of(runs, "demo-jmt")] == "demo-jmt"
+    assert names[reference_of(runs, "lstm")] == "demo-lstm" and reference_of(runs, "best") is None
+    same = paths([sweep])  # all of them jmt
+    assert reference_of(same) is None and reference_of([run for run in runs if run.model != "jmt"]) is None
+    assert (runs + same)[reference_of(runs + same)].name == "demo-jmt"  # of several, the one whose name or folder says so
+    assert reference_of(same + [run for run in runs if run.model != "jmt"]) is None
+    for wanted, message in (("nothing", "names no run"), ("jmt", "names several runs")):
+        with pytest.raises(UserError, match=f"reference={wanted} {message}"):
+            reference_of(same, wanted)
+
+
+def test_every_form_says_against_what(zoo, tmp_path, capsys):
+    show(compare_runs(paths([zoo]), tmp_path / "jmt"))
+    assert "Ranking on fold official, against demo-jmt" in capsys.readouterr().out
+    compare_runs(paths([zoo]), tmp_path / "best", "best")
+    for folder, words in (("jmt", ("minus demo-jmt", "ahead", "reference")), ("best", ("minus demo-gated", "behind", "best, demo-gated"))):
+        for name in ("comparison.md", "comparison.tex", "report.html"):
+            text = (tmp_path / folder / name).read_text()
+            assert all(word in text for word in (*words, "1,000,003", "ms per 1,000 clips")), name
+        rows = list(csv.DictReader((tmp_path / folder / "ranking.csv").read_text().splitlines()))
+        assert {row["reference"] for row in rows} == {words[0].removeprefix("minus ")} and rows[1]["parameters"] == "1000003"
+    with pytest.raises(UserError, match="reference=tcn names no run"):
+        compare_runs(paths([zoo]), tmp_path / "none", "tcn")
+    assert not (tmp_path / "none").exists()
+    compare_runs(paths([zoo / "jmt"]), tmp_path / "best")
+    assert not (tmp_path / "best" / "ranking.csv").exists()
 
 
 def test_holm_is_holm():
     p = [0.04, 0.001, 0.03, None, 0.2]
-    found = [rank.adjusted for rank in adjust([Rank(str(i), (0, 0, 0), None, value) for i, value in enumerate(p)])]
+    found = [rank.adjusted for rank in adjust([Rank(str(i), Score(0, 0, 0), None, value) for i, value in enumerate(p)])]
     assert found == [pytest.approx(0.09), pytest.approx(0.004), pytest.approx(0.09), None, pytest.approx(0.2)]
     known = [value for value in p if value is not None]
     lenient = false_discovery_control(known)  # Benjamini and Hochberg's are never larger
@@ -76,7 +186,7 @@ def test_holm_is_holm():
 
 def test_runs_on_other_labels_are_not_compared(sweep, tmp_path):
     other = make(tmp_path / "other", "other", 0.3, truth_seed=1)
-    with pytest.raises(UserError, match="good and other were not scored on the same units and labels"):
+    with pytest.raises(UserError, match="other and good were not scored on the same units and labels"):
         rank_runs([read_run(sweep / "good"), read_run(other)], "official", 100)
     assert common_fold([read_run(sweep / "good"), read_run(make(tmp_path / "elsewhere", "e", 0.3, fold="fold-1"))]) is None
 
@@ -89,13 +199,17 @@ def test_program_ranks_a_sweep_and_writes_every_form(sweep, tmp_path):
         timeout=120,
     )
     assert done.returncode == 3 and "Ranking on fold official" in done.stdout and "missing: good, fold-1: not run" in done.stdout
-    assert {path.name for path in (tmp_path / "both").iterdir()} == {"comparison.csv", "comparison.md", "comparison.tex", "report.html"}
+    assert {path.name for path in (tmp_path / "both").iterdir()} == {
+        *("comparison.csv", "comparison.md", "comparison.tex"),
+        *("ranking.csv", "report.html"),
+    }
     tex = (tmp_path / "both" / "comparison.tex").read_text()
     assert tex.count(r"\begin{table}") == tex.count(r"\end{table}") == 2 and r"\textbf{0." in tex and "not told apart" in tex
     for words, message in [
         (["store=x", "runs=[a]"], "`store` and `runs` both say"),
         (["experiments=[a]"], "looked up in `store`"),
         (["runs=[a]", "frames=true"], "go with the folds of one run"),
+        ([f"out={sweep}/good", "reference=best"], "`reference` goes with several runs"),
     ]:
         wrong = subprocess.run([sys.executable, str(ROOT / "launch" / "compare_runs.py"), "out=x", *words], capture_output=True, text=True)
         assert wrong.returncode == 2 and message in wrong.stderr and wrong.stderr.count("\n") == 1
