@@ -127,7 +127,8 @@ def test_every_run_against_jmt_as_an_independent_bootstrap_has_it(zoo):
     assert table.columns[5:] == ("minus demo-jmt", "p", "verdict", "parameters", "ms per 1,000 clips")
     assert [row[7] for row in table.rows] == ["ahead", "reference", "not told apart"] and table.bold == {(0, 4)}
     assert table.rows[0][5].startswith("+0.") and table.rows[2][5].startswith("−0.") and table.rows[1][5] == ""
-    assert table.rows[1][4] == "{0:.3f} [{1:.3f}, {2:.3f}]".format(a := ranks[1].score.average, a - 0.1, a + 0.1)
+    average = ranks[1].score.average
+    assert table.rows[1][4] == f"{average:.3f} [{average - 0.1:.3f}, {average + 0.1:.3f}]"
     assert [row[8:] for row in table.rows] == [("1,000,005", "82"), ("1,000,003", "82"), ("1,000,004", "82")]
     assert "Every run is compared with demo-jmt:" in table.note and "Holm's correction for 2 comparisons" in table.note
     lines = list(csv.DictReader(ranking_csv(ranks, "official").splitlines()))
