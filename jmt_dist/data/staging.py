@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
 import shutil
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import IO
@@ -14,6 +17,7 @@ from jmt_dist.data.shards import MANIFEST, Manifest, ShardSet
 from jmt_dist.errors import UserError
 
 PREFIX = "jmt-"
+POLL_SECONDS = 0.2
 _BLOCK = 1 << 22
 _used: dict[Path, IO[bytes]] = {}  # held while this process lives: nobody else removes what it reads
 
@@ -31,8 +35,10 @@ def staging_folder(staging: str, manifest: Manifest) -> Path:
     return Path(path).expanduser() / f"{PREFIX}{manifest.hash[:16]}"
 
 
-def stage_in(shards: ShardSet, manifest: Manifest, folder: Path) -> int:
+def stage_in(shards: ShardSet, manifest: Manifest, folder: Path, moved: Callable[[], None] = lambda: None) -> int:
     """Copy the tars that are not there yet, for one process per node; returns the bytes copied.
+
+    `moved` is called whenever some bytes more are there, whoever copies them; an exception that it raises ends the copying.
 
     Jobs that stage at once share the work: each tar is copied by whoever locks it first. A copy gets its name once its sha256 is
     the manifest's. They stay for the next job; where room is short, copies of other shard folders that no job uses are removed.
@@ -52,15 +58,30 @@ def stage_in(shards: ShardSet, manifest: Manifest, folder: Path) -> int:
     copied = 0
     for tar in missing:
         with (folder / f".{tar.name}.lock").open("ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            _await(lock, folder, moved)
             if not (folder / tar.name).is_file():
-                copied += _copy(tar, folder / tar.name, known[tar.name].sha256)
+                copied += _copy(tar, folder / tar.name, known[tar.name].sha256, moved)
     if not (folder / MANIFEST).is_file():
-        _copy(manifest.folder / MANIFEST, folder / MANIFEST, "")
+        _copy(manifest.folder / MANIFEST, folder / MANIFEST, "", moved)
     return copied
 
 
-def _copy(source: Path, target: Path, sha256: str) -> int:
+def _await(lock: IO[bytes], folder: Path, moved: Callable[[], None]) -> None:
+    """Take the lock of a tar. While another job copies it, the growth of what lies in the folder is what shows that it lives."""
+    seen = -1
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with contextlib.suppress(FileNotFoundError):  # a copy that gets its name
+                size = sum(entry.stat().st_size for entry in os.scandir(folder))
+                if size != seen:
+                    seen = size
+                    moved()
+            time.sleep(POLL_SECONDS)
+
+
+def _copy(source: Path, target: Path, sha256: str, moved: Callable[[], None]) -> int:
     part = target.with_name(f".{target.name}.{os.getpid()}")
     digest, size = hashlib.sha256(), 0
     try:
@@ -69,6 +90,7 @@ def _copy(source: Path, target: Path, sha256: str) -> int:
                 digest.update(block)
                 writer.write(block)
                 size += len(block)
+                moved()
         if sha256 and digest.hexdigest() != sha256:
             raise UserError(f"{source} is not what was packed (sha256)", "Verify the shards with shards/verify_shards.py.")
         os.replace(part, target)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ from jmt_dist.data.shards import Manifest, ShardSet, fold_shards, open_shards
 from jmt_dist.data.staging import stage_in, staged, staging_folder
 from jmt_dist.errors import UserError
 from jmt_dist.model.weights import digest
-from jmt_dist.train.ranks import barrier, from_first, rank
+from jmt_dist.train import stop
+from jmt_dist.train.ranks import any_rank, apart, from_first, rank
 from jmt_dist.train.stage import Surroundings
 
 KEY_FILE = "key.txt"
@@ -86,15 +89,32 @@ class FoldPlan:
         return derive_seed(stage, self.recipe.seed, more)
 
     def stage_in(self) -> None:
-        """From now on the fold's shards are read from copies on the node's own disk, made once per node (site.staging). Collective."""
+        """From now on the fold's shards are read from copies on the node's own disk, made once per node (site.staging). Collective.
+
+        Copying may take longer than a collective may. A rank that copies nothing more for `site.hang_seconds`, or is dead, ends the job.
+        Raises Stopped where a stop was requested meanwhile, and UserError for what `stage_in` refuses.
+        """
         folder = staging_folder(self.site.staging, self.manifest)
         if self.parts["train"].tars[0].parent == folder:
             return
-        with self.around.watch.paused():
-            if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-                copied = sum(stage_in(shards, self.manifest, folder) for shards in self.parts.values())
+
+        def copy(alive: Callable[[], None]) -> None:
+            def go_on() -> None:
+                alive()
+                if stop.requested():
+                    raise stop.Stopped
+
+            with contextlib.suppress(stop.Stopped):  # the ranks agree on it below; what is copied stays for the next start
+                copied = sum(stage_in(shards, self.manifest, folder, go_on) for shards in self.parts.values())
                 print(f"{self.fold}: shards are read from {folder}, {copied / 2**30:.2f} GB copied now", flush=True)
-            barrier()
+
+        def moved(place: str) -> None:
+            self.around.watch.beat(f"copying shards to {folder}{place and ', '}{place}", alone=not place)
+
+        moved("")
+        apart(copy if int(os.environ.get("LOCAL_RANK", "0")) == 0 else None, moved)
+        if any_rank(bool(stop.requested()), self.device):
+            raise stop.Stopped(stop.requested() or "another rank was asked to stop")
         self.parts.update({name: staged(shards, folder) for name, shards in self.parts.items()})
 
     def model(self, make: Any, stage: str, more: int = 0) -> nn.Module:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -71,9 +73,57 @@ def first_word(own: str) -> str:
     """The text of the first rank that has one, on every rank; empty where none has. Collective."""
     if world() == 1:
         return own
-    texts: list[Any] = [""] * world()
-    dist.all_gather_object(texts, own)
-    return next((text for text in texts if text), "")
+    return next((text for text in _everywhere(own) if text), "")
+
+
+_parts = 0
+
+
+def apart(work: Callable[[Callable[[], None]], None] | None, moved: Callable[[str], None]) -> None:
+    """Some ranks do `work`, which may take longer than a collective may; the others (None) wait for it outside of one. Collective.
+
+    A worker calls what it is given whenever it has got on. The ranks that wait look at that twice a second, in the job's store, and
+    hand it to their own `moved(where)`: where nobody gets on any more, nobody moves. Raises what `work` raises.
+    """
+    global _parts
+    _parts += 1
+    key = f"jmt-apart-{_parts}"  # as many calls on every rank
+    workers = [number for number in _everywhere(rank() if work is not None else -1) if number >= 0]
+    store: Any = dist.distributed_c10d._get_default_store() if world() > 1 else None
+    if work is not None:
+        work(_Sign(store, f"{key}-{rank()}", moved))
+    if store is None:
+        return
+    if work is not None:
+        store.add(f"{key}-done", 1)
+    seen: list[int] = []
+    while store.add(f"{key}-done", 0) < len(workers):
+        signs = [int(store.add(f"{key}-{number}", 0)) for number in workers]
+        if signs != seen:
+            seen = signs
+            moved(f"waiting for rank{'s' * (len(workers) > 1)} {', '.join(map(str, workers))}")
+        time.sleep(0.5)
+
+
+class _Sign:
+    """A sign that its rank gets on: to its own watch each time, to the other ranks once a second at most."""
+
+    def __init__(self, store: Any, key: str, moved: Callable[[str], None]) -> None:
+        self._store, self._key, self._moved, self._next = store, key, moved, 0.0
+
+    def __call__(self) -> None:
+        self._moved("")
+        if self._store is not None and time.monotonic() >= self._next:
+            self._next = time.monotonic() + 1
+            self._store.add(self._key, 1)
+
+
+def _everywhere(own: Any) -> list[Any]:
+    """Every rank's picklable object, by rank, on every rank."""
+    found: list[Any] = [own] * world()
+    if world() > 1:
+        dist.all_gather_object(found, own)
+    return found
 
 
 def choose_device(name: str) -> torch.device:
