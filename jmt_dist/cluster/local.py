@@ -187,8 +187,7 @@ class Scheduler:
     def _write_jobs(self) -> None:
         entries = [self.entries[fold] for fold in self.plan.todo if fold in self.entries]
         me = {"pid": os.getpid(), "created": psutil.Process().create_time(), "host": socket.gethostname()}
-        head = {"executor": "local", "submission": self.plan.submission, "folds": list(self.plan.folds), "scheduler": me}
-        status.write_json(self.plan.out / "jobs.json", {**head, "jobs": entries})
+        status.write_json(self.plan.out / "jobs.json", {"executor": "local", **self.plan.describe(), "scheduler": me, "jobs": entries})
 
 
 def ended(process: subprocess.Popen[bytes]) -> bool:

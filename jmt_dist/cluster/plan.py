@@ -45,6 +45,10 @@ class Plan:
         """Folder of this submission's pickles and logs."""
         return self.out / "jobs" / self.submission
 
+    def describe(self) -> dict[str, Any]:
+        """What `resume_jobs.py` must know beyond recipe and site; every jobs.json holds it."""
+        return {"submission": self.submission, "folds": list(self.folds), "share": [str(folder) for folder in self.share]}
+
 
 def work_hash(recipe: Recipe, manifest: str) -> str:
     """Hash of what a fold computes: the resolved recipe and the shards' manifest."""

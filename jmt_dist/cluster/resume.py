@@ -19,10 +19,15 @@ def resume(out: Path, wait: bool = False) -> int:
     begun = [run for run in runs_of(out) if (run / "jobs.json").exists()]
     jobs = read_jobs(begun[-1] if begun else out)
     folds = [str(fold) for fold in jobs.get("folds", [])]
+    share = [str(folder) for folder in jobs.get("share", [])]
+    for folder in (folder for folder in share if not Path(folder).is_dir()):
+        print(f"share={folder} is no longer there: stages that were not linked from it yet are done here")
+    share = [folder for folder in share if Path(folder).is_dir()]
     if not runs:
-        options = SubmitOptions(recipe=str(out / "recipe.yaml"), site=str(out / "site.yaml"), out=str(out), folds=folds, wait=wait)
+        files = {"recipe": str(out / "recipe.yaml"), "site": str(out / "site.yaml")}
+        options = SubmitOptions(**files, out=str(out), folds=folds, share=share, wait=wait)
         return submit.submit(options, load_recipe(options.recipe), load_site(options.site))
     site = load_site(out / "site.yaml")
     recipes = {name: load_recipe(out / name / "recipe.yaml") for name in runs}
-    again = SweepOptions(sweep="", site="", out=str(out), folds=folds, wait=wait)
+    again = SweepOptions(sweep="", site="", out=str(out), folds=folds, share=share, wait=wait)
     return sweep.submit_recipes(again, recipes, out, site, RUN_FOLD, sweep.COMPARE)

@@ -18,6 +18,14 @@ STAGES = ("visual", "audio", "features")  # each needs those before it
 DONE = "done.json"
 
 
+def check_sources(sources: Sequence[Path], folds: Sequence[str]) -> None:
+    """Raise UserError for a source that could share nothing: a slip in its path would cost the hours it should have saved."""
+    for folder in sources:
+        if not any((folder / fold).is_dir() for fold in folds):
+            what = "holds none of these folds" if folder.is_dir() else "is no folder"
+            raise UserError(f"share={folder} {what}", "Name run folders, as submit_folds.py printed them.")
+
+
 def link_stages(sources: Sequence[Path], out: Path, fold: str) -> list[str]:
     """Link finished stages of a fold from the first source that has them; returns the stages linked.
 

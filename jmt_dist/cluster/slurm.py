@@ -146,8 +146,7 @@ def _write_jobs(array: Array, out: Path, identity: str, jobs: list[str]) -> None
         if plan.out == out
     ]
     plan = next(plan for plan, _ in array.tasks if plan.out == out)
-    head = {"executor": "slurm", "submission": plan.submission, "folds": list(plan.folds), "array": identity}
-    status.write_json(out / "jobs.json", {**head, "jobs": entries})
+    status.write_json(out / "jobs.json", {"executor": "slurm", **plan.describe(), "array": identity, "jobs": entries})
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from jmt_dist.cluster import plan as plans
 from jmt_dist.cluster import preflight, site, status
 from jmt_dist.cluster.options import SubmitOptions
 from jmt_dist.cluster.plan import Plan
+from jmt_dist.cluster.share import check_sources
 from jmt_dist.cluster.snapshot import Snapshot, take_snapshot
 from jmt_dist.config import Recipe, Site
 from jmt_dist.errors import UserError
@@ -71,6 +72,7 @@ def make_plan(options: SubmitOptions, recipe: Recipe, place: Site, function: str
     todo = tuple(fold for fold in folds if not status.is_done(out, fold, work))
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
     share = tuple(Path(folder).expanduser().resolve() for folder in options.share)
+    check_sources(share, folds)
     return Plan(out, recipe, place, folds, todo, work, stamp, out / "snapshot" / "at-submission", function, compare, share)
 
 
