@@ -65,17 +65,19 @@ def scripts(arrays: list[Array], compare: bool) -> list[tuple[str, str]]:
     """(title, text) of the sbatch scripts a submission would send, made by submitit itself."""
     from submitit.slurm.slurm import _make_sbatch_string
 
+    def script(folder: Path, parameters: dict[str, Any]) -> str:
+        command = f"{shlex.quote(site.python())} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+        return _make_sbatch_string(command=command, folder=folder, **parameters)
+
     found = []
     for array in arrays:
-        command = f"{shlex.quote(site.python())} -u -m submitit.core._submit {shlex.quote(str(array.jobs))}"
         parameters = array_parameters(array)
         if len(array.tasks) > 1:  # submitit submits a single job without --array
             parameters["map_count"] = len(array.tasks)
         title = f"{array.name}: folds {', '.join(dict.fromkeys(fold for _, fold in array.tasks))}"
-        found.append((title, _make_sbatch_string(command=command, folder=array.jobs, **parameters)))
+        found.append((title, script(array.jobs, parameters)))
     if compare:
-        after = _compare_parameters(arrays[-1], "<array>")
-        found.append(("comparison", _make_sbatch_string(command=command, folder=arrays[-1].jobs / "compare", **after)))
+        found.append(("comparison", script(arrays[-1].jobs / "compare", _compare_parameters(arrays[-1], "<array>"))))
     return found
 
 

@@ -30,12 +30,9 @@ def take_snapshot(out: Path) -> Snapshot:
     The folder is named by its content: jobs that still run from an earlier copy keep it, equal code is copied once.
     Raises UserError where jmt_dist is not a plain folder of files.
     """
-    source = Path(jmt_dist.__file__ or "").resolve().parent
-    if not (source / "config.py").is_file():
-        raise UserError(f"jmt_dist at {source} is not a folder of Python files", "Install it with pip from a checkout or a wheel.")
-    files = _read(source)  # read once: hash and copy agree
+    source, files = _source()  # read once: hash and copy agree
     digest = _digest(files)
-    target = out / "snapshot" / digest[:12]
+    target = _target(out, digest)
     if _digest(_read(target / "jmt_dist")) != digest:  # not there yet, or changed since
         shutil.rmtree(target, ignore_errors=True)
         part = target.with_name(f".{target.name}.part")
@@ -49,6 +46,11 @@ def take_snapshot(out: Path) -> Snapshot:
     snapshot = Snapshot(str(target), digest, commit, dirty, str(source))
     write_json(out / "snapshot.json", {**asdict(snapshot), "time": now()})
     return snapshot
+
+
+def snapshot_folder(out: Path) -> Path:
+    """Where `take_snapshot` would put the code as it is now; writes nothing."""
+    return _target(out, _digest(_source()[1]))
 
 
 def describe_code(out: Path) -> None:
@@ -72,6 +74,17 @@ def git_state(source: Path) -> tuple[str, tuple[str, ...]]:
         return git("rev-parse", "HEAD"), tuple(line[3:] for line in changed.splitlines())
     except (OSError, subprocess.SubprocessError):
         return "", ()
+
+
+def _source() -> tuple[Path, dict[str, bytes]]:
+    source = Path(jmt_dist.__file__ or "").resolve().parent
+    if not (source / "config.py").is_file():
+        raise UserError(f"jmt_dist at {source} is not a folder of Python files", "Install it with pip from a checkout or a wheel.")
+    return source, _read(source)
+
+
+def _target(out: Path, digest: str) -> Path:
+    return out / "snapshot" / digest[:12]
 
 
 def _read(package: Path) -> dict[str, bytes]:

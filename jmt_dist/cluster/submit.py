@@ -15,7 +15,7 @@ from jmt_dist.cluster import preflight, site, status
 from jmt_dist.cluster.options import SubmitOptions
 from jmt_dist.cluster.plan import Plan
 from jmt_dist.cluster.share import check_sources
-from jmt_dist.cluster.snapshot import Snapshot, take_snapshot
+from jmt_dist.cluster.snapshot import Snapshot, snapshot_folder, take_snapshot
 from jmt_dist.config import Recipe, Site
 from jmt_dist.errors import UserError
 from jmt_dist.program import FAILED, OK, OMISSIONS
@@ -73,7 +73,7 @@ def make_plan(options: SubmitOptions, recipe: Recipe, place: Site, function: str
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
     share = tuple(Path(folder).expanduser().resolve() for folder in options.share)
     check_sources(share, folds)
-    return Plan(out, recipe, place, folds, todo, work, stamp, out / "snapshot" / "at-submission", function, compare, share)
+    return Plan(out, recipe, place, folds, todo, work, stamp, out / "snapshot", function, compare, share)
 
 
 def _announce(work: Plan) -> None:
@@ -94,6 +94,7 @@ def _dry(work: Plan) -> int:
     if work.site.executor == "slurm":
         from jmt_dist.cluster.slurm import of_plan, scripts
 
+        work = replace(work, snapshot=snapshot_folder(work.out))
         for title, text in scripts([of_plan(work)], bool(work.compare)) if work.todo else []:
             print(f"\n### sbatch script of: {title}\n{text}")
     print(f"dry run: nothing was written; the run folder would be {work.out}")

@@ -167,7 +167,10 @@ def _arrays(levels: list[list[Plan]], out: Path) -> list[Any]:
 def _dry(options: SweepOptions, levels: list[list[Plan]], out: Path, site: Site) -> int:
     if site.executor == "slurm":
         from jmt_dist.cluster.slurm import scripts
+        from jmt_dist.cluster.snapshot import snapshot_folder
 
+        code = snapshot_folder(out)
+        levels = [[replace(plan, snapshot=code, submission=levels[-1][0].submission) for plan in level] for level in levels]
         arrays = [replace(array, after="<array before>" * (place > 0)) for place, array in enumerate(_arrays(levels, out))]
         for title, text in scripts(arrays, options.compare) if arrays else []:
             print(f"\n### sbatch script of: {title}\n{text}")

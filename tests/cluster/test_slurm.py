@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -88,12 +89,27 @@ def test_every_field_of_a_site_reaches_the_script() -> None:
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
 
 
-def test_dry_prints_both_scripts_and_writes_nothing(workplace: Workplace) -> None:
+def test_dry_prints_the_very_scripts_that_are_sent_and_writes_nothing(
+    workplace: Workplace, slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_SLURM_HOLD", "1")
     out = workplace.out()
     code, text = workplace.submit(out, *SLURM, "dry=true", "site.partition=gpu")
     assert code == 0, text
-    assert text.count("#!/bin/bash") == 2 and "#SBATCH --array=0-5%2" in text and "--dependency='afterany:<array>'" in text
-    assert not out.exists()
+    assert "#SBATCH --array=0-5%2" in text and not out.exists()
+    printed = [part.split("\n### ")[0] for part in text.split("### sbatch script of: ")[1:]]
+    code, answer = workplace.submit(out, *SLURM, "site.partition=gpu")
+    assert code == 0, answer
+    printed[-1] = printed[-1].rpartition("dry run: ")[0]
+    for place, part in enumerate(printed):
+        name, script = part.split("\n", 1)
+        sent = (slurm / f"{100 + place}.script").read_text()
+        assert _without_time(script.strip().replace("'afterany:<array>'", "afterany:100")) == _without_time(sent.strip()), name
+    assert len(printed) == len(list(slurm.glob("*.script"))) == 2
+
+
+def _without_time(text: str) -> str:
+    return re.sub(r"\d{8}T\d{6}\.\d+Z", "<time of submission>", text)
 
 
 def test_an_array_runs_every_fold_then_compares(workplace: Workplace, slurm: Path) -> None:
