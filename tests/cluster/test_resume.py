@@ -61,4 +61,6 @@ def test_a_source_that_could_share_nothing_is_refused(workplace: Workplace, tmp_
     with pytest.raises(UserError, match="holds none of these folds"):
         check_sources([finished(tmp_path / "run")], ["fold-1"])
     code, text = workplace.submit(workplace.out(), "folds=[official]", f"share=[{tmp_path}/rnus]", "dry=true")
-    assert code == 1 and text.splitlines()[-1].endswith(f"share={tmp_path}/rnus is no folder. Name run folders, as submit_folds.py printed them.")
+    assert code == 1 and text.splitlines()[-1].endswith(
+        f"share={tmp_path}/rnus is no folder. Name run folders, as submit_folds.py printed them."
+    )
