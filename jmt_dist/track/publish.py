@@ -9,6 +9,7 @@ from typing import Any
 from jmt_dist.errors import UserError
 from jmt_dist.track import names
 from jmt_dist.track.compare import RunResult, folds_mean
+from jmt_dist.track.patience import Patient
 from jmt_dist.track.tracker import ParentRun, client_environment, connect, create_experiment
 
 GOES_ON = ("running", "waiting", "pending")
@@ -54,7 +55,7 @@ def _explained(out: Path, log: Any) -> str:
 
 
 def _log_run(run: RunResult, parent: ParentRun, files: Sequence[Path]) -> None:
-    client = connect(parent.uri)
+    client = Patient(connect(parent.uri))
     _log(client, parent.run_id, _points(run, ""), [*files, *(path for path in (run.out / "recipe.yaml",) if path.is_file())])
     reasons = [row.reason for row in run.missing]
     if any(reason.startswith(GOES_ON) for reason in reasons):
@@ -66,7 +67,7 @@ def _log_run(run: RunResult, parent: ParentRun, files: Sequence[Path]) -> None:
 
 
 def _log_comparison(runs: Sequence[RunResult], parent: ParentRun, files: Sequence[Path]) -> None:
-    client = connect(parent.uri)
+    client = Patient(connect(parent.uri))
     points: dict[str, tuple[float, int]] = {}
     for run in runs:
         points |= _points(run, f"{run.name}/")

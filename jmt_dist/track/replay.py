@@ -210,8 +210,11 @@ def _read_offset(folder: Path, run_id: str) -> _Offset:
 
 def _write_offset(folder: Path, offset: _Offset) -> None:
     scratch = folder / f".{OFFSET}.{os.getpid()}"
-    scratch.write_text(json.dumps(vars(offset)), encoding="utf-8")
-    os.replace(scratch, folder / OFFSET)
+    try:
+        scratch.write_text(json.dumps(vars(offset)), encoding="utf-8")
+        os.replace(scratch, folder / OFFSET)
+    finally:
+        scratch.unlink(missing_ok=True)  # a full disk leaves half of it
 
 
 @contextlib.contextmanager

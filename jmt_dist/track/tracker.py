@@ -13,19 +13,19 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 from jmt_dist.errors import UserError
 from jmt_dist.track.facts import flatten
+from jmt_dist.track.patience import retried
 from jmt_dist.track.replay import ReplayReport, replay, unsent
 from jmt_dist.track.spool import STATES, Spool
 from jmt_dist.track.system import SystemMetrics
 
-T = TypeVar("T")
 SQLITE = "sqlite:///"
 PARENT_FILE, RUN_FILE = "parent_run.json", "run.json"
 INTERVAL_SECONDS = 2.0
@@ -39,7 +39,7 @@ CLIENT_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # it logs a traceback of each database error, and raises it too
     "GIT_PYTHON_REFRESH": "quiet",
 }
 
@@ -111,7 +111,7 @@ def create_experiment(
     used. Raises UserError where the store cannot be reached or the experiment was deleted.
     """
     with client_environment(), _explained(uri):
-        client = _retried(lambda: connect(uri))
+        client = retried(lambda: connect(uri))
         experiment = client.get_experiment_by_name(name)
         if experiment is not None and experiment.lifecycle_stage == "deleted":
             raise UserError(
@@ -122,11 +122,11 @@ def create_experiment(
             if artifact_root is None and uri.startswith(SQLITE):
                 artifact_root = Path(uri.removeprefix(SQLITE)).parent / "artifacts"
             location = artifact_root.resolve().as_uri() if artifact_root is not None else None
-            experiment_id = _retried(lambda: _create_named(client, name, location))
+            experiment_id = retried(lambda: _create_named(client, name, location))
         else:
             experiment_id = experiment.experiment_id
         text = {str(key): str(value) for key, value in tags.items()}
-        run = _retried(lambda: client.create_run(experiment_id, run_name=run_name or name, tags=text))
+        run = retried(lambda: client.create_run(experiment_id, run_name=run_name or name, tags=text))
         _log_params(client, run.info.run_id, params)
         return ParentRun(uri, str(experiment_id), run.info.run_id)
 
@@ -139,9 +139,9 @@ def create_child(
     `of`: the experiment's name, which the run's begins with: two runs beside one another must not both be `fold-1`.
     """
     with client_environment(), _explained(parent.uri):
-        client = _retried(lambda: connect(parent.uri))
+        client = retried(lambda: connect(parent.uri))
         text = {str(key): str(value) for key, value in (tags or {}).items()} | {"mlflow.parentRunId": parent.run_id, "fold": fold}
-        run = _retried(lambda: client.create_run(parent.experiment_id, run_name=f"{of}/{fold}" if of else fold, tags=text))
+        run = retried(lambda: client.create_run(parent.experiment_id, run_name=f"{of}/{fold}" if of else fold, tags=text))
         _log_params(client, run.info.run_id, params or {})
         return str(run.info.run_id)
 
@@ -276,19 +276,7 @@ def _log_params(client: Any, run_id: str, params: Mapping[str, Any]) -> None:
 
     entries = [Param(key, value[:6000]) for key, value in flatten(params).items()]
     if entries:
-        _retried(lambda: client.log_batch(run_id, params=entries))
-
-
-def _retried(call: Callable[[], T], tries: int = 6) -> T:
-    """SQLite answers `database is locked` to a writer that waits too long behind others: try again."""
-    for attempt in range(tries):
-        try:
-            return call()
-        except Exception as error:
-            if "database is locked" not in str(error) or attempt == tries - 1:
-                raise
-            time.sleep(0.2 * 2**attempt)
-    raise AssertionError("unreachable")
+        retried(lambda: client.log_batch(run_id, params=entries))
 
 
 @contextlib.contextmanager
