@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from jmt_dist.data.features import WIDTH, FeatureWriter, write_description
+from jmt_dist.data.feature_tars import WIDTH, FeatureWriter, write_description
 from jmt_dist.data.geometry import CLIPS, OFFSETS, SUBSEQUENCE
 
 PER_TAR = 256  # as the features stage writes them

@@ -1,95 +1,23 @@
-"""Features of the frozen backbones: stored as WebDataset shards, read back as arrays, divided into batches (DESIGN section 6).
-
-Members of a sample: visual.f16 and audio.f16 [O, 8, 512] (.f32 where features.dtype says so), va.f32 [64, 2], id.i32 [4]; O offsets
-are stored, 8 in a full set. All samples of a folder have members of the same sizes, so that a tar is an array of equal records:
-it is mapped into memory, and ranks of one node share what the kernel has read of it.
-"""
+"""Features of the frozen backbones as arrays, divided into batches (DESIGN section 6); `feature_tars` has their files."""
 
 from __future__ import annotations
 
-import io
-import json
-import os
-import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jmt_dist.data.geometry import CLIPS, OFFSETS, SUBSEQUENCE
+from jmt_dist.data.feature_tars import AGAIN, read_description, records
+from jmt_dist.data.geometry import CLIPS, OFFSETS
 from jmt_dist.data.pipeline import derive_seed
 from jmt_dist.errors import UserError
 
-WIDTH = 512
-VERSION = 2  # of the folder's layout
-BLOCK, ENDING = 512, 10_240  # a tar's members begin at multiples of the one; the whole is filled up to a multiple of the other
-AGAIN = "Run the features stage of this fold again."
-
-FeatureType = Literal["float16", "float32"]
 Floats = NDArray[np.floating[Any]]
-_SUFFIX: dict[FeatureType, str] = {"float16": "f16", "float32": "f32"}
-
-
-class FeatureWriter:
-    """Writes samples to `<folder>/<part>-<name>.tar`, published by one rename; `name` is the writer's own among all ranks and starts."""
-
-    def __init__(self, folder: Path, part: str, name: str, dtype: FeatureType = "float16") -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path, self.dtype, self.count = folder / f"{part}-{name}.tar", dtype, 0
-        self._temporary = self.path.with_suffix(".tar.tmp")
-        self._tar = tarfile.open(self._temporary, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 closed in close()
-
-    def add(self, ident: NDArray[Any], visual: Tensor, audio: Tensor, labels: NDArray[Any]) -> None:
-        """One sample: ident [4], visual and audio [O, 8, 512], labels [64, 2] of its end frames n = q + 8 j (NaN = none).
-
-        Raises UserError where a feature is not a finite number, or too large for float16.
-        """
-        suffix = _SUFFIX[self.dtype]
-        members = {
-            f"visual.{suffix}": self._stored(visual, "visual", ident),
-            f"audio.{suffix}": self._stored(audio, "audio", ident),
-            "va.f32": labels.astype("<f4"),
-            "id.i32": ident.astype("<i4"),
-        }
-        for name, values in members.items():
-            data = np.ascontiguousarray(values).tobytes()
-            info = tarfile.TarInfo(f"{_key(ident)}.{name}")
-            info.size = len(data)
-            self._tar.addfile(info, io.BytesIO(data))
-        self.count += 1
-
-    def _stored(self, values: Tensor, stream: str, ident: NDArray[Any]) -> NDArray[Any]:
-        stored: NDArray[Any] = values.to(getattr(torch, self.dtype)).cpu().numpy()
-        if np.isfinite(stored).all():
-            return stored
-        if bool(values.isfinite().all()):
-            raise UserError(f"a {stream} feature of sample {_key(ident)} is too large for float16", "Take features.dtype=float32.")
-        raise UserError(f"the {stream} backbone gives NaN or Inf for sample {_key(ident)}", f"Train the {stream} stage anew, more gently.")
-
-    def close(self) -> None:
-        """Finish the tar and give it its final name; one without samples leaves nothing."""
-        self._tar.close()
-        if self.count:
-            os.replace(self._temporary, self.path)
-        else:
-            self._temporary.unlink()
-
-
-def _key(ident: NDArray[Any]) -> str:
-    unit, m, p = (int(value) for value in ident[:3])
-    return f"{unit:05d}-{m:04d}-{p}"
-
-
-def write_description(folder: Path, offsets: Sequence[int], dtype: FeatureType = "float16") -> None:
-    """What the tars of a folder hold; written last, by one rank, when all tars are there."""
-    temporary = folder / "features.json.tmp"
-    temporary.write_text(json.dumps({"version": VERSION, "offsets": list(offsets), "dtype": dtype, "width": WIDTH}))
-    os.replace(temporary, folder / "features.json")
 
 
 class Rows:
@@ -158,65 +86,20 @@ class FeatureSet:
 def read_features(folder: Path, part: str, mmap: bool = True) -> FeatureSet:
     """One part ("train", "validation" or "test") of a features folder, mapped, or with `mmap=False` read into memory.
 
-    Raises UserError where it is missing or damaged.
+    Raises UserError where it is missing or not whole; `feature_tars.feature_damage` compares the bytes.
     """
-    try:
-        description = json.loads((folder / "features.json").read_text())
-    except (OSError, json.JSONDecodeError):
-        raise UserError(f"{folder} holds no finished features", "Run the features stage of this fold first.") from None
-    if description.get("version") != VERSION:
-        raise UserError(f"{folder} was written by another version of this program", AGAIN)
-    offsets, dtype = tuple(description["offsets"]), description["dtype"]
-    files = [_records(path, len(offsets), dtype, mmap) for path in sorted(folder.glob(f"{part}-*.tar"))]
+    description = read_description(folder)
+    offsets = description.offsets
+    files = [records(path, len(offsets), description.dtype, mmap) for path in description.of(folder, part)]
     if not files:
         raise UserError(f"{folder} holds no features of part {part}", AGAIN)
     ident = np.concatenate([file["id"] for file in files])
     # a job of more ranks than samples left repeats some (`write_rest`): of equal ones the first counts
     _, order = np.unique(ident[:, :3], axis=0, return_index=True)
-    file = np.concatenate([np.full(len(records), number) for number, records in enumerate(files)])[order]
-    row = np.concatenate([np.arange(len(records)) for records in files])[order]
-    visual, audio = (Rows([records[stream] for records in files], file, row) for stream in ("visual", "audio"))
-    return FeatureSet(visual, audio, np.concatenate([records["va"] for records in files])[order], ident[order], offsets)
-
-
-def stored_samples(folder: Path, part: str, offsets: int, dtype: FeatureType) -> Tensor:
-    """The samples [K, 3] (unit, segment, phase) of a part that an unfinished folder holds, each once; damaged tars are removed."""
-    found = [torch.empty(0, 3, dtype=torch.int32)]
-    for path in sorted(folder.glob(f"{part}-*.tar")):
-        try:
-            found.append(torch.from_numpy(_records(path, offsets, dtype, mmap=True)["id"][:, :3].copy()))
-        except UserError as error:
-            print(f"{error.sentence}: its samples are computed again", flush=True)
-            path.unlink()
-    return torch.cat(found).unique(dim=0)
-
-
-def _records(path: Path, offsets: int, dtype: FeatureType, mmap: bool) -> NDArray[Any]:
-    """A tar of features as an array of records. Raises UserError where its size or its names are not those of whole samples."""
-    suffix = _SUFFIX[dtype]
-    fields: list[Any] = []
-    for member, kind, shape in (
-        ("visual", f"<{suffix[0]}{int(suffix[1:]) // 8}", (offsets, CLIPS, WIDTH)),
-        ("audio", f"<{suffix[0]}{int(suffix[1:]) // 8}", (offsets, CLIPS, WIDTH)),
-        ("va", "<f4", (SUBSEQUENCE, 2)),
-        ("id", "<i4", (4,)),
-    ):
-        filling = -(np.dtype(kind).itemsize * int(np.prod(shape))) % BLOCK
-        fields += [(f"{member}-name", "S100"), (f"{member}-header", f"V{BLOCK - 100}"), (member, kind, shape)]
-        fields += [(f"{member}-filling", f"V{filling}")] * (filling > 0)
-    record = np.dtype(fields)
-    size = path.stat().st_size
-    count = size // record.itemsize
-    whole = -(-(count * record.itemsize + 2 * BLOCK) // ENDING) * ENDING
-    if count and size == whole:
-        records: NDArray[Any] = np.memmap(path, record, "r", shape=(count,)) if mmap else np.fromfile(path, record, count)
-        names = [
-            records[f"{member}-name"][place].decode("ascii", "replace") for place in (0, -1) for member in ("visual", "audio", "va", "id")
-        ]
-        keys = [_key(records["id"][place]) for place in (0, -1)]
-        if names == [f"{key}.{name}" for key in keys for name in (f"visual.{suffix}", f"audio.{suffix}", "va.f32", "id.i32")]:
-            return records
-    raise UserError(f"{path} is damaged: it does not hold whole samples", AGAIN)
+    file = np.concatenate([np.full(len(found), number) for number, found in enumerate(files)])[order]
+    row = np.concatenate([np.arange(len(found)) for found in files])[order]
+    visual, audio = (Rows([found[stream] for found in files], file, row) for stream in ("visual", "audio"))
+    return FeatureSet(visual, audio, np.concatenate([found["va"] for found in files])[order], ident[order], offsets)
 
 
 def epoch_order(samples: int, offsets: int, passes: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:

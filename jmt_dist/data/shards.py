@@ -147,6 +147,27 @@ def open_shards(shards: Path) -> Manifest:
     return manifest
 
 
+def damage_of(tar: Path, shard: Shard, reads: bool, made: str = "packed") -> str:
+    """What is wrong with a tar, as the end of a sentence; empty where it is as it was `made`. With `reads` its bytes are read and compared.
+
+    `shard.sha256` may be the digest's first digits.
+    """
+    try:
+        size = tar.stat().st_size
+        if size != shard.bytes:
+            return f"has {size} bytes, not the {shard.bytes} that were {made}"
+        if not reads:
+            return ""
+        with tar.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    same = shard.sha256 != "" and digest.startswith(shard.sha256)
+    return "" if same else f"is damaged: its bytes are not those that were {made}"
+
+
 def pack_command(shards: Path, folds: FoldOptions | None = None) -> str:
     """The command that completes a shard folder, with its source where the report tells it."""
     try:

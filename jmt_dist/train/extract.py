@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, nn
 
-from jmt_dist.data.features import FeatureWriter, stored_samples, write_description
+from jmt_dist.data.feature_tars import FeatureWriter, stored_samples, write_description
 from jmt_dist.data.pipeline import Batch, ClipLoader, clips
 from jmt_dist.data.redivide import write_rest
 from jmt_dist.errors import UserError
@@ -19,6 +19,7 @@ from jmt_dist.train.engine import autocast
 from jmt_dist.train.plan import FoldPlan, claim
 from jmt_dist.train.ranks import any_rank, barrier, from_first, rank, world
 from jmt_dist.train.stage import finished, write_json
+from jmt_dist.train.stored import damage_of_features
 from jmt_dist.train.weights import load_weights
 
 SAMPLES = 256  # per tar: a job that is killed loses at most so many of each rank
@@ -33,12 +34,23 @@ def trained_backbones(plan: FoldPlan) -> tuple[VisualModel, AudioModel]:
 
 
 def extract(plan: FoldPlan) -> None:
-    """Write the features of all parts of the fold, unless that is done."""
+    """Write the features of all parts of the fold, unless that is done and they are whole."""
     folder, key = plan.folder / "features", plan.key("features")
-    if finished(folder, key) is None:
+    if not already_whole(plan, folder, key, plan.parts):
         claim(folder, key)
         visual, audio = trained_backbones(plan)
         write_features(plan, folder, key, visual.backbone, audio.backbone, plan.parts)
+
+
+def already_whole(plan: FoldPlan, folder: Path, key: str, parts: Iterable[str]) -> bool:
+    """Whether features are done with this key and as they were stored; where they are not, they count as unfinished. Collective."""
+    if not from_first(finished(folder, key) is not None):
+        return False
+    damaged = damage_of_features(plan, folder, parts)
+    if damaged and rank() == 0:
+        print(f"{damaged}: what it held is computed again", flush=True)
+        (folder / "done.json").unlink()  # only its tars that are whole are gone on with
+    return not damaged
 
 
 def write_features(plan: FoldPlan, folder: Path, key: str, visual: nn.Module, audio: nn.Module, parts: Iterable[str]) -> None:
@@ -72,13 +84,15 @@ def _part(plan: FoldPlan, folder: Path, part: str, visual: nn.Module, audio: nn.
         had = _had(plan, folder, part)
     if len(had) != shards.samples:
         raise UserError(f"{len(had)} of {shards.samples} {part} samples were read", "Verify the shards with shards/verify_shards.py.")
+    plan.checked.add((folder, part))
     return len(had)
 
 
 def _had(plan: FoldPlan, folder: Path, part: str) -> Tensor:
     """The samples [K, 3] (unit, segment, phase) whose features are stored: as rank 0 sees them, since ranks may begin one by one."""
     options = plan.recipe.features
-    found: Tensor = from_first(stored_samples(folder, part, len(options.offsets), options.dtype) if rank() == 0 else None)
+    with plan.around.watch.paused():  # every byte is read
+        found: Tensor = from_first(stored_samples(folder, part, len(options.offsets), options.dtype) if rank() == 0 else None)
     return found
 
 

@@ -22,7 +22,7 @@ from jmt_dist.model.zoo import make_fusion
 from jmt_dist.train.backbone import training_shards
 from jmt_dist.train.division import micro_batch
 from jmt_dist.train.engine import input_type
-from jmt_dist.train.extract import trained_backbones, write_features
+from jmt_dist.train.extract import already_whole, trained_backbones, write_features
 from jmt_dist.train.fuse import fusion_folder
 from jmt_dist.train.plan import FoldPlan, claim, make_key
 from jmt_dist.train.ranks import rank, world
@@ -114,10 +114,11 @@ def finetuned(plan: FoldPlan, seed: int) -> EndToEnd:
 def finetuned_features(plan: FoldPlan, seed: int) -> None:
     """Store what the fine-tuned backbones say of the units that are evaluated, unless that is done. Collective."""
     folder, key = finetune_folder(plan, seed) / "features", make_key("features", finetune_key(plan, seed))
-    if finished(folder, key) is None:
+    parts = [part for part in plan.parts if part != "train"]
+    if not already_whole(plan, folder, key, parts):
         claim(folder, key)
         net = finetuned(plan, seed)
-        write_features(plan, folder, key, net.visual, net.audio, [part for part in plan.parts if part != "train"])
+        write_features(plan, folder, key, net.visual, net.audio, parts)
 
 
 def read_finetuned(plan: FoldPlan, seed: int, part: str) -> FeatureSet:

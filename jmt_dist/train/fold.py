@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from jmt_dist.train.plan import FoldPlan, claim, open_parts
 from jmt_dist.train.report import Status, now
 from jmt_dist.train.score import TARGETS, evaluate
 from jmt_dist.train.stage import Stage, Surroundings, done, finished, train
-from jmt_dist.train.trouble import damage, explain
+from jmt_dist.train.stored import require_whole
+from jmt_dist.train.trouble import damage, explain, is_memory
 from jmt_dist.train.watch import Watch
 
 READ_SHARDS = ("visual", "audio", "features")
@@ -52,7 +54,7 @@ def run_fold(recipe: Recipe, site: Site, fold: str, out: Path) -> None:
             record_start(tracker.spool, Path(out), recipe.model_dump(mode="json"), hashes)
             around = Surroundings(recipe.engine, device, tracker.spool.metrics, status.progress, recipe.profile, watch)
             plan = FoldPlan(recipe, site, fold, folder, device, manifest, parts, around)
-            watch.damage = lambda: damage(plan)
+            watch.damage = lambda: damaged.sentence if (damaged := damage(plan)) else ""
             for name in STAGES:
                 if name in recipe.stages:
                     _run_stage(name, plan, tracker.spool)
@@ -112,6 +114,7 @@ def _features(plan: FoldPlan, spool: Spool) -> None:
 
 
 def _fusion(plan: FoldPlan, spool: Spool) -> None:
+    require_whole(plan, plan.folder / "features", ("train", "validation"))
     train_set, validation_set = stored_features(plan, "train"), stored_features(plan, "validation")
     for model, seed in plan.fusions():
         folder, key = fusion_folder(plan, model, seed), plan.fusion_key(model, seed)
@@ -128,17 +131,24 @@ def _fusion(plan: FoldPlan, spool: Spool) -> None:
 
 def _finetune(plan: FoldPlan) -> None:
     """The end-to-end training of each seed, a part of the fusion stage with options of its own."""
-    try:
-        for seed in plan.recipe.fusion.seeds:
-            name, folder, key = f"finetune/{plan.recipe.fusion.model}-seed{seed}", finetune_folder(plan, seed), finetune_key(plan, seed)
-            _between(plan)
+    for seed in plan.recipe.fusion.seeds:
+        name, folder, key = f"finetune/{plan.recipe.fusion.model}-seed{seed}", finetune_folder(plan, seed), finetune_key(plan, seed)
+        _between(plan)
+        with _batch_of("finetuning", plan):
             _train(plan, name, folder, key, lambda seed=seed: finetune_stage(plan, seed))  # type: ignore[misc]
+        with _batch_of("features", plan):
             finetuned_features(plan, seed)
+
+
+@contextmanager
+def _batch_of(stage: str, plan: FoldPlan) -> Iterator[None]:
+    """Memory that runs out inside is blamed on the batch of `stage`; all else is explained where the stage around it ends."""
+    try:
+        yield
     except Exception as error:
-        explained = explain(error, plan, "finetuning")  # whose batch it is
-        if explained is error:
-            raise
-        raise explained from error
+        if is_memory(error):
+            raise explain(error, plan, stage) from error
+        raise
 
 
 def _evaluate(plan: FoldPlan, spool: Spool) -> None:

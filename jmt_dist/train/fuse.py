@@ -21,6 +21,7 @@ from jmt_dist.train.engine import input_type
 from jmt_dist.train.plan import FoldPlan
 from jmt_dist.train.ranks import rank, world
 from jmt_dist.train.stage import Batch, Stage, finished
+from jmt_dist.train.stored import stages_missing
 
 CHUNK = 256  # subsequences per forward pass where nothing is trained
 
@@ -34,7 +35,7 @@ def stored_features(plan: FoldPlan, part: str) -> FeatureSet:
     """The features of a part. Raises UserError where they are missing or of another recipe."""
     folder = plan.folder / "features"
     if finished(folder, plan.key("features")) is None:
-        raise UserError(f"{folder} holds no features of this recipe", "Run the stages visual, audio and features first.")
+        raise UserError(f"{folder} holds no features of this recipe", f"Run {stages_missing(plan)} first.")
     return replace(read_features(folder, part, plan.recipe.data.mmap), back=LABEL_BACK[plan.recipe.label])
 
 

@@ -49,6 +49,7 @@ class FoldPlan:
     parts: dict[str, ShardSet]
     around: Surroundings
     keys: dict[str, str] = field(default_factory=dict)
+    checked: set[tuple[Path, str]] = field(default_factory=set)  # features (folder, part) whose bytes this process has compared
 
     def key(self, stage: str) -> str:
         """The key of a stage: its options, the data, and the keys of the stages before it."""

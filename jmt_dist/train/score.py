@@ -13,17 +13,19 @@ from torch import nn
 
 from jmt_dist.data.features import FeatureSet
 from jmt_dist.data.geometry import end_frames
+from jmt_dist.errors import UserError
 from jmt_dist.evaluate.bootstrap import interval
 from jmt_dist.evaluate.metric import Scores, scores
 from jmt_dist.evaluate.predict import UnitRows, dense, write_predictions
 from jmt_dist.evaluate.smooth import Filter, smooth
 from jmt_dist.train.describe import ms_per_1000_clips, parameters, saturation, trained
 from jmt_dist.train.engine import autocast
-from jmt_dist.train.finetune import finetune_key, finetuned, read_finetuned
-from jmt_dist.train.fuse import predict_all, stored_features
+from jmt_dist.train.finetune import finetune_folder, finetune_key, finetuned, read_finetuned
+from jmt_dist.train.fuse import fusion_folder, predict_all, stored_features
 from jmt_dist.train.plan import FoldPlan, claim, make_key
 from jmt_dist.train.ranks import barrier, rank
 from jmt_dist.train.stage import finished, write_json
+from jmt_dist.train.stored import require_whole
 
 MODALITIES = ("audio", "visual")  # also the fusion models that read one alone: nothing to withhold from them
 TARGETS = ("valence", "arousal", "average")
@@ -38,6 +40,13 @@ def evaluate(plan: FoldPlan) -> dict[str, Any]:
     done = finished(folder, key)
     if done is not None:
         return dict(done["metrics"])
+    for model, seed in plan.fusions():
+        if finished(fusion_folder(plan, model, seed), plan.fusion_key(model, seed)) is None:
+            raise UserError(f"the fusion of model {model} with seed {seed} is not done in {plan.folder}", "Run stages=[fusion] first.")
+    parts = [part for part in plan.parts if part != "train"]
+    seeds = plan.recipe.fusion.seeds if plan.recipe.finetune else []
+    for features in (plan.folder / "features", *(finetune_folder(plan, seed) / "features" for seed in seeds)):
+        require_whole(plan, features, parts)
     claim(folder, key)
     metrics: dict[str, Any] = {}
     if rank() == 0:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import re
-from pathlib import Path
 
 import torch
 
 from jmt_dist.config import TrainOptions
-from jmt_dist.data.features import read_features
-from jmt_dist.data.shards import Shard, read_manifest
+from jmt_dist.data.feature_tars import AGAIN, feature_damage
+from jmt_dist.data.shards import damage_of, read_manifest
 from jmt_dist.errors import UserError
 from jmt_dist.train.division import usable_ranks
 from jmt_dist.train.plan import FoldPlan
@@ -35,8 +33,7 @@ def explain(error: Exception, plan: FoldPlan, stage: str) -> Exception:
     # reading every shard takes minutes: the reason must be in the log before
     print(f"{plan.fold} {stage}: {type(error).__name__}: {_first_line(error)}; looking for a damaged shard", flush=True)
     with plan.around.watch.paused():
-        found = damage(plan)
-    return UserError(found, MEND) if found else error
+        return damage(plan) or error
 
 
 def is_memory(error: BaseException) -> bool:
@@ -70,38 +67,18 @@ def _first_line(error: Exception) -> str:
     return words[-1].strip()[:200] if "alloc" in words[-1] else words[0].strip()[:200]
 
 
-def damage(plan: FoldPlan) -> str:
-    """A sentence that names the first file of shards or features that is not as it was written; empty where all are.
-
-    Shards are read whole: a second per GB. Of features sizes and names are checked.
-    """
+def damage(plan: FoldPlan) -> UserError | None:
+    """Names the first file of shards or features that is not as it was written; None where all are. Reads them whole: a second per GB."""
     for folder in sorted({tar.parent for shards in plan.parts.values() for tar in shards.tars}):
         packed = {shard.name: shard for shard in read_manifest(folder).shards}
         tars = sorted({tar for shards in plan.parts.values() for tar in shards.tars if tar.parent == folder})
         for reads in (False, True):  # sizes first: they are known at once
             for tar in tars:
-                found = _damaged(tar, packed[tar.name], reads)
+                found = damage_of(tar, packed[tar.name], reads)
                 if found:
-                    return f"shard {tar} {found}"
-    if (plan.folder / "features" / "done.json").exists():
-        try:
-            for part in plan.parts:
-                read_features(plan.folder / "features", part)
-        except UserError as error:
-            return error.sentence
-    return ""
-
-
-def _damaged(tar: Path, packed: Shard, reads: bool) -> str:
-    try:
-        if tar.stat().st_size != packed.bytes:
-            return f"has {tar.stat().st_size} bytes, not the {packed.bytes} that were packed"
-        if not reads:
-            return ""
-        with tar.open("rb") as file:
-            same = hashlib.file_digest(file, "sha256").hexdigest() == packed.sha256
-    except FileNotFoundError:
-        return "is missing"
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    return "" if same else "is damaged: its bytes are not those that were packed"
+                    return UserError(f"shard {tar} {found}", MEND)
+    for folder in (plan.folder / "features", *sorted(plan.folder.glob("finetune/*/features"))):
+        found = feature_damage(folder, plan.parts) if (folder / "done.json").exists() else ""
+        if found:
+            return UserError(found, AGAIN)
+    return None

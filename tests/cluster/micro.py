@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from jmt_dist.config import PackOptions, Recipe
-from jmt_dist.data.features import FeatureWriter, write_description
+from jmt_dist.data.feature_tars import FeatureWriter, write_description
 from jmt_dist.data.pack import pack
 from jmt_dist.recipe import load_recipe, load_site
 from jmt_dist.train.plan import FoldPlan, open_parts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +11,15 @@ import pytest
 import torch
 import webdataset
 
-from jmt_dist.data.features import (
-    FeatureLoader,
-    FeatureSet,
+from jmt_dist.data.feature_tars import (
     FeatureType,
     FeatureWriter,
-    epoch_order,
-    read_features,
+    feature_damage,
+    read_description,
     stored_samples,
     write_description,
 )
+from jmt_dist.data.features import FeatureLoader, FeatureSet, epoch_order, read_features
 from jmt_dist.errors import UserError
 
 
@@ -45,6 +45,10 @@ def write(folder: Path, made: FeatureSet, ranks: int, dtype: FeatureType = "floa
     write_description(folder, made.offsets, dtype)
 
 
+def tars(folder: Path) -> list[Path]:
+    return sorted(folder.glob("train-*.tar"))
+
+
 def everything(made: FeatureSet) -> tuple[np.ndarray, np.ndarray]:
     """Features of all samples and offsets, sample by sample."""
     return made.take(*(place.ravel() for place in np.indices((len(made.ident), len(made.offsets)))))
@@ -68,7 +72,9 @@ def test_come_back_in_one_order_whoever_wrote_them(tmp_path: Path, ranks: int, d
 def test_what_a_rank_repeats_comes_once(tmp_path: Path) -> None:
     made = features(5, (0,))
     write(tmp_path, made, 2)
-    (tmp_path / "train-00002.tar").write_bytes((tmp_path / "train-00000.tar").read_bytes())
+    first = tars(tmp_path)[0]
+    first.with_name(first.name.replace("train-00000", "train-00002")).write_bytes(first.read_bytes())
+    write_description(tmp_path, made.offsets)
     assert np.array_equal(read_features(tmp_path, "train").ident, made.ident)
     assert stored_samples(tmp_path, "train", 1, "float16").tolist() == made.ident[:, :3].tolist()
 
@@ -92,7 +98,7 @@ def test_float32_keeps_every_bit_and_float16_refuses_what_it_cannot_hold(tmp_pat
 def test_plain_webdataset_reads_them(tmp_path: Path) -> None:
     made = features(3, (0,))
     write(tmp_path, made, 1)
-    rows = list(webdataset.WebDataset(str(tmp_path / "train-00000.tar"), shardshuffle=False))
+    rows = list(webdataset.WebDataset(str(tars(tmp_path)[0]), shardshuffle=False))
     assert [np.frombuffer(row["visual.f16"], "<f2").shape for row in rows] == [(8 * 512,)] * 3
 
 
@@ -116,8 +122,9 @@ def test_missing_and_incomplete_folders_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fault", ["short", "long", "renamed", "other type"])
 def test_damaged_tars_are_refused_and_computed_again(tmp_path: Path, fault: str, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, features(4, (0,)), 2, "float32" if fault == "other type" else "float16")
-    write_description(tmp_path, [0])
-    path = tmp_path / "train-00001.tar"
+    if fault == "other type":
+        (tmp_path / "features.json").write_text('{"version": 2, "offsets": [0], "dtype": "float16"}')
+    path = tars(tmp_path)[1]
     data = path.read_bytes()
     if fault == "short":
         path.write_bytes(data[:-20_000])
@@ -130,6 +137,72 @@ def test_damaged_tars_are_refused_and_computed_again(tmp_path: Path, fault: str,
     left = stored_samples(tmp_path, "train", 1, "float16")
     assert len(left) == (0 if fault == "other type" else 2) and not path.exists()
     assert "computed again" in capsys.readouterr().out
+
+
+def flip(path: Path, place: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ 4]))
+
+
+def last(path: Path) -> int:
+    return path.stat().st_size - 1
+
+
+@pytest.mark.parametrize("place", [3, 600, 5000, 40_000, last])
+def test_one_bit_that_is_not_as_it_was_stored_is_found_wherever_it_is(tmp_path: Path, place: int | Callable[[Path], int]) -> None:
+    made = features(6, (0,))
+    write(tmp_path, made, 2)
+    assert feature_damage(tmp_path, ["train"]) == ""
+    path = tars(tmp_path)[1]
+    flip(path, place(path) if callable(place) else place)
+    assert feature_damage(tmp_path, ["train"]) == f"{path} is damaged: its bytes are not those that were stored"
+    assert feature_damage(tmp_path, ["validation"]) == ""  # another part is another's trouble
+    left = stored_samples(tmp_path, "train", 1, "float16")  # a start that goes on makes it again
+    assert left.tolist() == made.ident[::2, :3].tolist() and not path.exists()
+
+
+def test_a_tar_cut_removed_or_in_the_place_of_another_is_found(tmp_path: Path) -> None:
+    for fault in ("cut", "removed", "swapped", "listed otherwise", "list gone"):
+        folder = tmp_path / fault
+        write(folder, features(6, (0,)), 2)
+        one, other = tars(folder)
+        if fault == "cut":
+            other.write_bytes(other.read_bytes()[:-10_240])
+            said = f"{other} has {last(other) + 1} bytes, not the {last(other) + 1 + 10_240} that were stored"
+        elif fault == "removed":
+            other.unlink()
+            said = f"{other} is missing"
+        elif fault == "swapped":
+            one.rename(folder / "kept")
+            other.rename(one)
+            (folder / "kept").rename(other)
+            said = f"{one} is damaged: its bytes are not those that were stored"
+        elif fault == "listed otherwise":
+            path = folder / "features.json"
+            path.write_text(path.read_text().replace('"samples": 3', '"samples": 4'))
+            said = f"{path} is damaged: its bytes are not those that were stored"
+        else:
+            (folder / "features.json").unlink()
+            said = f"{folder} holds no finished features"
+        assert feature_damage(folder, ["train"]) == said
+        if fault not in ("swapped",):  # which only the bytes tell
+            with pytest.raises(UserError):
+                read_features(folder, "train")
+
+
+def test_features_stored_before_tars_had_digests_are_read_and_known_as_such(tmp_path: Path) -> None:
+    made = features(6, (0,))
+    write(tmp_path, made, 2)
+    assert read_description(tmp_path).checkable
+    for number, path in enumerate(tars(tmp_path)):
+        path.rename(tmp_path / f"train-{number:05d}.tar")
+    (tmp_path / "features.json").write_text('{"version": 2, "offsets": [0], "dtype": "float16", "width": 512}')
+    assert not read_description(tmp_path).checkable and feature_damage(tmp_path, ["train"]) == ""
+    assert np.array_equal(read_features(tmp_path, "train").ident, made.ident)
+    assert len(stored_samples(tmp_path, "train", 1, "float16")) == 0  # where the stage goes on, it stores them with digests
 
 
 def test_an_epoch_takes_each_sample_once_a_pass_and_no_offset_twice() -> None:

@@ -19,6 +19,7 @@ from tests.data.tree import write_unit
 from tests.ranks import run_ranks, start_ranks
 
 RECIPE = Path(__file__).parents[2] / "launch" / "recipes" / "demo.yaml"
+AUDIO = ("stages=[visual,audio]", "audio.batch=4", "audio.max_steps=1", "audio.validation_offsets=[1]")
 LEFT = 300 << 20  # bytes of address space left when memory runs out
 
 
@@ -54,6 +55,25 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_unit(folder / "tree", f"u{k}", 70, k, "Train_Set" if k < 5 else "Validation_Set")
     pack(PackOptions(source=str(folder / "tree"), out=str(folder / "shards"), workers=1, samples_per_shard=4), say=lambda line: None)
     return folder
+
+
+def both(rank: int, folder: Path, out: str) -> str:
+    return visual(rank, folder, out, None, *AUDIO)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Weights of the visual and audio stages of two ranks that nothing befalls."""
+    assert run_ranks(2, both, place, "whole") == ["", ""]
+    return weights(place / "whole")
+
+
+def weights(out: Path) -> dict[str, dict[str, torch.Tensor]]:
+    return {path.parent.name: load_file(path) for path in (out / "official").glob("*/best.safetensors")}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
 
 
 def starved(rank: int, folder: Path) -> tuple[str, str, str]:
@@ -92,6 +112,32 @@ def test_out_of_memory_names_the_accumulation_to_try_which_then_works(place: Pat
     assert kept == "step-00000001" and then == ""
 
 
+@pytest.mark.parametrize("where", ["_train", "finetuned_features"])
+def test_out_of_memory_in_finetuning_names_the_options_of_finetuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """Not those of the fusion stage, of which it is a part; and where it stores features, those of features."""
+    from jmt_dist.recipe import load_recipe, load_site
+    from jmt_dist.train import fold
+    from jmt_dist.train.plan import FoldPlan
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(fold, "_train", lambda *_: None)
+    monkeypatch.setattr(fold, where, full)
+    made = load_recipe(RECIPE, ["finetune=true", "finetuning.batch=12", "fusion.batch=64", "features.batch=6"])
+    nothing: Any = None
+    plan = FoldPlan(made, load_site(None), "official", tmp_path, torch.device("cpu"), nothing, {}, nothing, keys={"features": "0"})
+    with pytest.raises(UserError) as caught:
+        fold._finetune(plan)
+    if where == "_train":
+        assert caught.value.sentence.startswith("official finetuning: out of memory on cpu with 12 subsequences per rank and micro-batch")
+        assert caught.value.remedy == "Try finetuning.accumulation=2: micro-batches of 6, the step still over 12."
+    else:
+        assert caught.value.sentence == "official features: out of memory on cpu with features.batch=6"
+        assert caught.value.remedy == "Try features.batch=3 (it changes no result)."
+    assert fold.explain(caught.value, plan, "fusion") is caught.value  # the stage around it says nothing else
+
+
 def garble(path: Path) -> None:
     """Zeros over all pictures, in place: what is mapped already changes too."""
     with path.open("r+b") as file:
@@ -120,9 +166,10 @@ def copied(place: Path, folder: Path) -> dict[Path, bytes]:
 
 
 @pytest.mark.slow
-def test_a_shard_garbled_in_mid_epoch_stops_all_ranks_and_costs_nothing_after_repair(place: Path, tmp_path: Path) -> None:
+def test_a_shard_garbled_in_mid_epoch_stops_all_ranks_and_costs_nothing_after_repair(
+    place: Path, tmp_path: Path, undisturbed: dict[str, dict[str, torch.Tensor]]
+) -> None:
     kept = copied(place, tmp_path)
-    assert run_ranks(2, calm, tmp_path, "whole") == ["", ""]
     found = run_ranks(2, harmed, tmp_path, "parts")
     assert all("shard " in said and "is damaged: its bytes are not those that were packed" in said for said in found)
     assert all("shards/verify_shards.py" in said and "goes on where it stopped" in said for said in found)
@@ -132,8 +179,42 @@ def test_a_shard_garbled_in_mid_epoch_stops_all_ranks_and_costs_nothing_after_re
     for path, data in kept.items():
         path.write_bytes(data)
     assert run_ranks(2, calm, tmp_path, "parts") == ["", ""]
-    whole, parts = (load_file(tmp_path / out / "official/visual/best.safetensors") for out in ("whole", "parts"))
-    assert all(whole[name].equal(parts[name]) for name in whole)
+    assert same(weights(tmp_path / "parts")["visual"], undisturbed["visual"])
+
+
+def removed(rank: int, folder: Path, out: str, mmap: str) -> str:
+    def harm(step: int) -> None:
+        if step == 2 and rank == 0:
+            for tar in (folder / "shards").glob("*.tar"):
+                tar.unlink()
+
+    return visual(rank, folder, out, harm, *AUDIO, f"data.mmap={mmap}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mmap", ["true", "false"])
+def test_a_shard_removed_in_mid_epoch_is_read_while_it_is_open_and_then_named(
+    place: Path, tmp_path: Path, undisturbed: dict[str, dict[str, torch.Tensor]], mmap: str
+) -> None:
+    """An open file outlives its name: what reads it goes on as if nothing had been, and what opens it next stops every rank.
+
+    Mapped files stay open for the whole stage, its validation included; others for the epoch.
+    """
+    kept = copied(place, tmp_path)
+    found = run_ranks(2, removed, tmp_path, "parts", mmap)
+    assert all("shard " in said and " is missing. Restore or make it again" in said for said in found), found
+    official = tmp_path / "parts/official"
+    if mmap == "true":
+        assert same(weights(tmp_path / "parts")["visual"], undisturbed["visual"]) and not (official / "audio/done.json").exists()
+    else:
+        assert max((official / "visual/checkpoints").iterdir()).name >= "step-00000002" and not (official / "visual/done.json").exists()
+        again = run_ranks(2, both, tmp_path, "parts")
+        assert all("is missing" in said and "Pack what is missing" in said for said in again), again
+    for path, data in kept.items():
+        path.write_bytes(data)
+    assert run_ranks(2, both, tmp_path, "parts") == ["", ""]
+    ended = weights(tmp_path / "parts")
+    assert all(same(ended[stage], undisturbed[stage]) for stage in ("visual", "audio"))
 
 
 def shortened(rank: int, folder: Path) -> str:

@@ -1,0 +1,61 @@
+"""Whether stored features are as they were stored, asked before they are used: by one rank, once in the life of a process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from jmt_dist.data.feature_tars import AGAIN, feature_damage, read_description
+from jmt_dist.errors import UserError
+from jmt_dist.train import stop
+from jmt_dist.train.plan import FoldPlan
+from jmt_dist.train.ranks import from_first, rank
+from jmt_dist.train.results import finished
+
+
+def require_whole(plan: FoldPlan, folder: Path, parts: Iterable[str]) -> None:
+    """Raise UserError where features of `parts` in a finished folder are not as they were stored. Collective, as `damage_of_features`."""
+    found = damage_of_features(plan, folder, parts)
+    if found:
+        raise UserError(found, AGAIN)
+
+
+def stages_missing(plan: FoldPlan) -> str:
+    """The stages that must be run before there are features of this recipe, as a word of the command line."""
+    before = [name for name in ("visual", "audio") if finished(plan.folder / name, plan.key(name)) is None]
+    return f"stages=[{','.join([*before, 'features'])}]"
+
+
+def damage_of_features(plan: FoldPlan, folder: Path, parts: Iterable[str]) -> str:
+    """A sentence that names the first file of a finished folder that is not as it was stored; empty where all are. Collective.
+
+    The first rank reads every byte, a second per GB, of what this process has not read before; an unfinished folder is not looked
+    at. Raises Stopped, on every rank, where a stop is requested meanwhile.
+    """
+    left = [part for part in parts if (folder, part) not in plan.checked]
+    if not left:
+        return ""
+    with plan.around.watch.paused():
+        found = from_first(_look(folder, left) if rank() == 0 else None)
+    if found is None:
+        raise stop.Stopped(stop.requested() or "another rank was asked to stop")
+    if not found:
+        plan.checked.update((folder, part) for part in left)
+    return str(found)
+
+
+def _look(folder: Path, parts: list[str]) -> str | None:
+    if not (folder / "done.json").exists():
+        return ""
+    try:
+        found = feature_damage(folder, parts, _raise_stop)
+        if not found and not read_description(folder).checkable:
+            print(f"{folder} was stored without digests: its bytes cannot be checked; remove it to have it made again", flush=True)
+    except stop.Stopped:
+        return None
+    return found
+
+
+def _raise_stop() -> None:
+    if stop.requested():
+        raise stop.Stopped(stop.requested())

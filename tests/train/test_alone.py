@@ -1,0 +1,169 @@
+"""Stages by themselves, through launch/run_fold.py: each in its turn and out of it, and on features that are not as they were stored."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jmt_dist.config import PackOptions
+from jmt_dist.data.pack import pack
+from jmt_dist.errors import UserError
+from tests.data.test_features import flip
+from tests.data.tree import write_unit
+from tests.ranks import run_ranks
+
+ROOT = Path(__file__).parents[2]
+WORDS = ["fold=official", f"site={ROOT / 'slurm' / 'sites' / 'local.yaml'}", f"recipe={ROOT / 'launch' / 'recipes' / 'demo.yaml'}"]
+WORDS += ["visual.size=16", "visual.max_steps=2", "audio.max_steps=2"]
+WORDS += ["visual.batch=2", "audio.batch=2", "features.batch=4", "fusion.batch=4", "fusion.seeds=[0]", "fusion.baselines=[]"]
+WORDS += ["fusion.max_epochs=1", "features.offsets=[1]", "fusion.offsets_per_epoch=1", "fusion.validation_offsets=[1]"]
+WORDS += ["evaluate.offsets=[1]", "evaluate.bootstrap=20", "engine.precision=fp32", "fusion.model=concat"]
+
+ALL = "visual,audio,features,fusion,evaluate"
+
+pytestmark = pytest.mark.slow
+
+
+def run(place: Path, out: str, stages: str, *more: str) -> tuple[str, str]:
+    """(the UserError it ends with, what it prints) of run_fold.py with some stages; tars of features hold 4 samples."""
+    from jmt_dist.train import extract
+
+    extract.SAMPLES = 4
+    sys.path.insert(0, str(ROOT / "launch"))
+    import run_fold
+
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        try:
+            assert run_fold.main([*WORDS, f"data.shards={place}/shards", f"out={place / out}", f"stages=[{stages}]", *more]) == 0
+        except UserError as error:
+            return str(error), said.getvalue()
+    return "", said.getvalue()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("alone")
+    for k in range(7):
+        write_unit(folder / "tree", f"u{k}", 70, k, "Train_Set" if k < 5 else "Validation_Set")
+    pack(PackOptions(source=str(folder / "tree"), out=str(folder / "shards"), workers=1), say=lambda line: None)
+    return folder
+
+
+def in_turn(rank: int, place: Path) -> list[tuple[str, str, list[str]]]:
+    """(stage, its error, the stages that then have a result) of stages out of their turn and in it."""
+    found = []
+    out_of_turn = ["fusion", "features", "evaluate", "visual", "features", "fusion", "audio", "fusion", "features", "evaluate"]
+    for stage in (*out_of_turn, "fusion", "evaluate"):
+        error, _ = run(place, "whole", stage)
+        there = sorted({path.relative_to(place / "whole" / "official").parts[0] for path in (place / "whole").rglob("done.json")})
+        found.append((stage, error, there))
+    error, _ = run(place, "whole", "evaluate", "fusion.optimizer.lr=0.5")
+    return [*found, ("evaluate of other options", error, [])]
+
+
+def test_each_stage_runs_by_itself_and_names_the_stage_that_must_be_run_before_it(place: Path) -> None:
+    [steps] = run_ranks(1, in_turn, place)
+    said = [error.replace(str(place / "whole/official"), "OUT") for _, error, _ in steps]
+    none = "OUT/features holds no features of this recipe. Run stages=["
+    no_fusion = "the fusion of model concat with seed 0 is not done in OUT. Run stages=[fusion] first."
+    assert said[:3] == [
+        f"{none}visual,audio,features] first.",
+        "the visual stage of this recipe is not done in OUT. Run stages=[visual] first.",
+        no_fusion,
+    ]
+    assert said[3:9] == [
+        "",
+        "the audio stage of this recipe is not done in OUT. Run stages=[audio] first.",
+        f"{none}audio,features] first.",
+        "",
+        f"{none}features] first.",
+        "",
+    ]
+    assert said[9:] == [no_fusion, "", "", no_fusion]  # at last: never the weights of another recipe
+    assert [there for _, _, there in steps[:3]] == [[]] * 3 and steps[8][2] == ["audio", "features", "visual"]
+    assert steps[11][2] == ["audio", "evaluate", "features", "fusion", "visual"]
+    assert json.loads((place / "whole/official/metrics.json").read_text())["frames"] == 140
+
+
+def tars(out: Path, part: str) -> list[Path]:
+    return sorted((out / "official" / "features").glob(f"{part}-*.tar"))
+
+
+def spoil(out: Path, fault: str, part: str) -> str:
+    """Do a kind of damage to the features of a run folder; returns the sentence it must be met with."""
+    one, other, *_ = tars(out, part)
+    if fault == "flip":
+        flip(other, other.stat().st_size // 2)
+        return f"{other} is damaged: its bytes are not those that were stored"
+    if fault == "cut":
+        size = other.stat().st_size
+        other.write_bytes(other.read_bytes()[: size // 2])
+        return f"{other} has {size // 2} bytes, not the {size} that were stored"
+    if fault == "remove":
+        other.unlink()
+        return f"{other} is missing"
+    one.rename(out / "kept")
+    other.rename(one)
+    (out / "kept").rename(other)
+    return f"{one} is damaged: its bytes are not those that were stored"
+
+
+def spoilt(rank: int, place: Path) -> list[dict[str, Any]]:
+    """What fusion, then the whole fold, then evaluate say of each kind of damage to features of a fold that was whole."""
+    found = []
+    assert run(place, "whole", ALL)[0] == ""
+    for fault in ("flip", "cut", "remove", "swap"):
+        out = place / fault
+        shutil.copytree(place / "whole", out, ignore=shutil.ignore_patterns("checkpoints", "fusion", "evaluate"))
+        whole = {path.stat().st_ino for path in tars(out, "train")[2:]}
+        first = spoil(out, fault, "train")
+        refused = run(place, fault, "fusion")[0]
+        error, log = run(place, fault, ALL)
+        assert whole < {path.stat().st_ino for path in tars(out, "train")}  # what is whole is not made again
+        metrics = json.loads((out / "official/metrics.json").read_text())
+        (out / "official/evaluate/done.json").unlink()
+        late = spoil(out, fault, "validation")
+        found.append({"first": first, "late": late, "fusion": refused, "error": error, "log": log, "metrics": metrics})
+        found[-1]["evaluate"] = run(place, fault, "evaluate")[0]
+    return found
+
+
+def test_features_that_are_not_as_they_were_stored_are_refused_and_what_they_held_is_made_again(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "shards").symlink_to(place / "shards")
+    [cases] = run_ranks(1, spoilt, tmp_path)
+    assert (len(tars(tmp_path / "whole", "train")), len(tars(tmp_path / "whole", "validation"))) == (5, 2)
+    wanted = json.loads((tmp_path / "whole/official/metrics.json").read_text())
+    again = "Run the features stage of this fold again"
+    for case in cases:
+        assert case["fusion"].startswith(f"{case['first']}. {again}"), case
+        assert case["evaluate"].startswith(f"{case['late']}. {again}"), case
+        assert case["error"] == "" and f"{case['first']}: what it held is computed again\n" in case["log"], case
+        assert case["metrics"] == wanted
+    # with two ranks one of them reads, and both say it
+    fresh = tmp_path / "flip"
+    shutil.rmtree(fresh)
+    shutil.copytree(tmp_path / "whole", fresh, ignore=shutil.ignore_patterns("checkpoints", "fusion"))
+    sentence = spoil(fresh, "flip", "train")
+    assert [error.partition(". Run")[0] for error, _ in run_ranks(2, run_rank, tmp_path, "flip", "fusion")] == [sentence] * 2
+    _without_digests(fresh / "official" / "features")  # as an earlier version left them
+    (error, log), _ = run_ranks(2, run_rank, tmp_path, "flip", "fusion")
+    assert error == "" and log.count("stored without digests: its bytes cannot be checked") == 1
+
+
+def run_rank(rank: int, place: Path, out: str, stages: str) -> tuple[str, str]:
+    return run(place, out, stages)
+
+
+def _without_digests(features: Path) -> None:
+    for path in features.glob("*.tar"):
+        path.rename(path.with_name(f"{path.stem.rpartition('-')[0]}.tar"))
+    values = json.loads((features / "features.json").read_text())
+    (features / "features.json").write_text(json.dumps({name: values[name] for name in ("offsets", "dtype", "width")} | {"version": 2}))
