@@ -142,7 +142,7 @@ def node() -> str:
 
 
 def export_ranks() -> Any:
-    """Set RANK, WORLD_SIZE and LOCAL_RANK for torch, and return submitit's environment.
+    """Set RANK, WORLD_SIZE, LOCAL_RANK and, where needed, gloo's interface for torch, and return submitit's environment.
 
     CUDA_VISIBLE_DEVICES is left alone: DeepSpeed selects device LOCAL_RANK itself.
     """
@@ -151,8 +151,7 @@ def export_ranks() -> Any:
     environment = JobEnvironment()
     ranks = {"RANK": environment.global_rank, "WORLD_SIZE": environment.num_tasks, "LOCAL_RANK": environment.local_rank}
     os.environ.update({name: str(value) for name, value in ranks.items()})
-    if environment.num_nodes == 1 and "lo" in (os.listdir("/sys/class/net") if os.path.isdir("/sys/class/net") else ()):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    rendezvous.choose_interface(environment.hostnames)
     return environment
 
 

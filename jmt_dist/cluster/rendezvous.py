@@ -13,9 +13,11 @@ import random
 import socket
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
+
+import psutil
 
 from jmt_dist.cluster.status import read_json, write_json
 from jmt_dist.errors import UserError
@@ -71,6 +73,40 @@ def address(name: str, several_nodes: bool) -> str:
     if not launcher:
         raise UserError(f"the node name {name} does not resolve", "Add it to DNS or /etc/hosts of the nodes, or use site.nodes=1.")
     return launcher
+
+
+def choose_interface(nodes: Sequence[str]) -> None:
+    """Set GLOO_SOCKET_IFNAME where gloo would listen on an interface that the job's other nodes cannot reach; a value that is set stays.
+
+    gloo listens at the address of this machine's own name, and at the loopback address where that is none or does not resolve. On one
+    node loopback is what is wanted. On several it is not, and many systems map their own name to 127.0.1.1: there the interface is
+    the one by which this node reaches another of the job. NCCL chooses by itself, and never loopback between nodes.
+    """
+    if os.environ.get("GLOO_SOCKET_IFNAME"):
+        return
+    if len(nodes) < 2:
+        if "lo" in (name for _, name in socket.if_nameindex()):
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        return
+    try:
+        if not socket.gethostbyname(socket.gethostname()).startswith("127."):
+            return
+    except OSError:
+        pass
+    found = next(filter(None, map(interface_to, nodes)), "")
+    if found:
+        os.environ["GLOO_SOCKET_IFNAME"] = found
+
+
+def interface_to(node: str) -> str:
+    """The network interface by which this machine reaches another; empty where that does not resolve, or is this machine."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((node, 9))  # sends nothing
+        own = probe.getsockname()[0]
+        for name, addresses in psutil.net_if_addrs().items():
+            if name != "lo" and own != socket.gethostbyname(node) and any(address.address == own for address in addresses):
+                return name
+    return ""
 
 
 def publish(folder: Path, start: str, host: str) -> None:

@@ -35,6 +35,10 @@ def run_single(options: RunFoldOptions, recipe: Recipe, place: Site, function: s
     out.mkdir(parents=True, exist_ok=True)
     plan.check_owner(out, writable=False)
     os.environ.setdefault("OMP_NUM_THREADS", str(place.cpus_per_rank))
+    if under_srun():
+        from submitit.slurm.slurm import SlurmJobEnvironment
+
+        rendezvous.choose_interface(SlurmJobEnvironment().hostnames)
     if first:
         print(f"fold {options.fold} of {recipe.name}, stages {', '.join(recipe.stages)}, {world} rank(s), in {out}", flush=True)
         if not (out / "recipe.yaml").exists():
@@ -90,7 +94,7 @@ def _alone(out: Path, fold: str, start: attempts.Start) -> Iterator[None]:
         attempts.open_attempt(out, fold, start)
         changes = {"start": status.now(), "job": start.job, "node": node(), "try": 1}
         status.update_status(out, fold, state="running", reason="", **changes)
-        if "RANK" in os.environ and "MASTER_PORT" not in os.environ:
+        if under_srun():
             nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
             rendezvous.publish(out / fold, _slurm_start(), rendezvous.address(node(), nodes > 1))
         yield
@@ -98,9 +102,14 @@ def _alone(out: Path, fold: str, start: attempts.Start) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _with_first(out: Path, fold: str) -> Iterator[None]:
-    if "MASTER_PORT" not in os.environ:
+    if under_srun():
         rendezvous.await_port(out / fold, _slurm_start(), raise_stop)
     yield
+
+
+def under_srun() -> bool:
+    """Whether ranks were started by something that names no meeting place: srun does not, torchrun does."""
+    return "RANK" in os.environ and "MASTER_PORT" not in os.environ
 
 
 def _slurm_start() -> str:

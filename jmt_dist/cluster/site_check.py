@@ -11,11 +11,11 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-from jmt_dist.cluster import preflight
+from jmt_dist.cluster import network_check, preflight
 from jmt_dist.cluster import site as sites
+from jmt_dist.cluster.finding import Finding
 from jmt_dist.cluster.options import CheckOptions
 from jmt_dist.config import Recipe, Site
 from jmt_dist.errors import UserError
@@ -24,22 +24,6 @@ from jmt_dist.program import FAILED, OK
 SLURM_COMMANDS = ("sbatch", "srun", "squeue", "sacct", "scontrol", "scancel")
 LOCAL_FILE_SYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "tmpfs", "overlay", "zfs")
 IMPORT_SECONDS = 180
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The outcome of one check; `remedy` where it is not ok. A note is worth reading but stops nothing."""
-
-    name: str
-    outcome: str  # ok, note, fail
-    found: str
-    remedy: str = ""
-
-    def line(self) -> str:
-        """As printed."""
-        return f"{self.outcome.upper() if self.outcome == 'fail' else self.outcome:<5} {self.name}: {self.found}" + (
-            f" -> {self.remedy}" if self.remedy else ""
-        )
 
 
 def check_site(options: CheckOptions, site: Site, recipe: Recipe | None) -> int:
@@ -68,7 +52,13 @@ def checks(options: CheckOptions, site: Site, recipe: Recipe | None) -> list[Cal
     if recipe is not None:
         chosen.append(lambda: _shards(recipe, site))
     if site.executor == "slurm":
-        chosen += [_slurm_commands, lambda: _slurm_submission(site), lambda: _nodes(site)]
+        chosen += [
+            _slurm_commands,
+            lambda: _slurm_submission(site),
+            lambda: network_check.names(site),
+            lambda: network_check.interfaces(site),
+        ]
+        chosen.append(lambda: network_check.meeting(site, out))
     return [*chosen, lambda: _machine(site), _libraries, lambda: _gpu(site)]
 
 
@@ -101,31 +91,6 @@ def _host() -> Iterator[Finding]:
     except OSError:
         remedy = "Jobs of one node do not need it; for several nodes add it to DNS or /etc/hosts."
         yield Finding("host name", "note", f"{name} does not resolve", remedy)
-
-
-def _nodes(site: Site) -> Iterator[Finding]:
-    """Whether the partition's nodes, as SLURM calls them, can be found: the ranks of several nodes meet at the first one's name."""
-    words = ["sinfo", "--noheader", "--Node", "--format", "%N", *(["--partition", site.partition] if site.partition else [])]
-    if shutil.which("sinfo") is None:
-        return
-    names = sorted(set(subprocess.run(words, capture_output=True, text=True, timeout=60).stdout.split()))
-    lost = [name for name in names if not _resolves(name)]
-    if not names:
-        yield Finding("node names", "fail", f"sinfo shows no node of partition {site.partition or '(default)'}", "Mend site.partition.")
-    elif lost and site.nodes > 1:
-        remedy = "Add them to DNS or /etc/hosts. Jobs will use the address SLURM gives (SLURM_LAUNCH_NODE_IPADDR), which NCCL must reach."
-        yield Finding("node names", "note", f"{len(lost)} of {len(names)} do not resolve, such as {lost[0]}", remedy)
-    else:
-        found = f"{len(names)} node(s)" + (f", {len(lost)} do not resolve: jobs of one node do not need it" if lost else ", all resolve")
-        yield Finding("node names", "ok", found)
-
-
-def _resolves(name: str) -> bool:
-    try:
-        socket.gethostbyname(name)
-    except OSError:
-        return False
-    return True
 
 
 def _folder(out: Path, site: Site) -> Iterator[Finding]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from jmt_dist.config import PackOptions, Recipe
 from jmt_dist.data.feature_tars import FeatureWriter, write_description
@@ -67,8 +69,12 @@ def _add(writer: FeatureWriter, ident: Any, labels: Any, recipe: Recipe) -> None
     writer.add(ident, streams[0], streams[1], labels)
 
 
-def undisturbed(rank: int, words: list[str], fold: str, out: Path) -> None:
-    """One fold, left alone."""
+def undisturbed(number: int, words: list[str], out: Path) -> None:
+    """The folds of one of two processes that know nothing of each other, each fold left alone."""
     from jmt_dist.train.fold import run_fold
 
-    run_fold(load_recipe(None, words), load_site(None, ["device=cpu"]), fold, out)
+    dist.destroy_process_group()
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    dist.init_process_group("gloo", f"file://{out}/.meeting-{number}", rank=0, world_size=1)
+    for fold in FOLDS[number::2]:
+        run_fold(load_recipe(None, words), load_site(None, ["device=cpu"]), fold, out)

@@ -36,8 +36,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = [*micro.WORDS, f"data.shards={micro.write_shards(folder)}"]
     micro.write_features(folder / "template", load_recipe(None, words))
     shutil.copytree(folder / "template", folder / "undisturbed")
-    for fold in micro.FOLDS:
-        run_ranks(1, micro.undisturbed, words, fold, folder / "undisturbed")
+    run_ranks(2, micro.undisturbed, words, folder / "undisturbed")
     (folder / "site.yaml").write_text(SITE)
     (folder / "recipe.yaml").write_text("name: micro\n")
     return folder
@@ -126,15 +125,27 @@ def test_six_folds_disturbed_end_as_six_undisturbed_ones(place: Path, cluster: P
     assert [f"{array}_{n}|COMPLETED" in text for n in range(6)] == [True] * 6
 
 
-def test_the_path_without_submitit_gives_the_same_result(place: Path, cluster: Path) -> None:
-    out = place / "runs" / "plain"
-    shutil.copytree(place / "template" / "fold-1", out / "fold-1")
-    options = ["--partition=mini", "--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1", "--mem=1G", "--array=1", "--wait"]
-    script = ["slurm/run_fold.sbatch", f"{place}/recipe.yaml", f"{place}/site.yaml", str(out)]
-    words = [*micro.WORDS, f"data.shards={place}/shards"]
+def test_the_path_without_submitit_gives_the_same_result_with_two_ranks_warned_and_queued_again(place: Path, cluster: Path) -> None:
+    plain, ours = place / "runs" / "plain", place / "runs" / "two-ranks"
+    for out in (plain, ours):
+        shutil.copytree(place / "template" / "fold-1", out / "fold-1")
+    files, words = [f"{place}/recipe.yaml", f"{place}/site.yaml"], [*micro.WORDS, f"data.shards={place}/shards"]
+    options = ["--partition=mini", "--gpus-per-node=0", "--ntasks-per-node=2", "--cpus-per-task=1", "--mem=5G", "--array=1"]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    command = ["sbatch", *options, f"--output={place}/plain.out", f"--chdir={ROOT}", *script, *words]
-    answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert answer.returncode == 0, answer.stderr + (place / "plain.out").read_text()
-    assert (out / "fold-1" / "metrics.json").read_text() == (place / "undisturbed" / "fold-1" / "metrics.json").read_text()
-    assert status(out, "fold-1")["state"] == "done"
+    command = ["sbatch", *options, f"--output={place}/plain.out", f"--chdir={ROOT}", "slurm/run_fold.sbatch", *files, str(plain), *words]
+    answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    wait_value(lambda: in_training(plain, set()))
+    subprocess.run(["scancel", "--signal=USR2", f"{answer.stdout.split()[-1]}_1"], check=True)
+    wait_value(lambda: "again" if len(attempts_of(plain, "fold-1")) == 2 else "")
+
+    more = ["site.ranks_per_node=2", "folds=[fold-1]", "compare=false", "wait=true"]
+    command = [sys.executable, "launch/submit_folds.py", f"recipe={files[0]}", f"site={files[1]}", f"out={ours}", *words, *more]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    wait_for(lambda: status(plain, "fold-1").get("state") in ("done", "failed"), 300)
+    log = (place / "plain.out").read_text()
+    assert attempts_of(plain, "fold-1") == [("stopped", "SIGUSR2"), ("done", "")], log
+    assert log.count("fold fold-1 of micro, stages fusion, evaluate, 2 rank(s)") == 2 and "back into the queue" in log
+    assert attempts_of(ours, "fold-1") == [("done", "")]
+    assert (plain / "fold-1" / "metrics.json").read_text() == (ours / "fold-1" / "metrics.json").read_text()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from jmt_dist.cluster import site_check
+from jmt_dist.cluster import network_check, site_check
 from jmt_dist.cluster.site import check, slurm_parameters
 from jmt_dist.config import Site
 from jmt_dist.recipe import load_site
@@ -82,7 +82,7 @@ def test_check_site_is_content_with_it(cluster: Path, tmp_path: Path) -> None:
     assert "ok    SLURM accounting" in answer.stdout and "ok    SLURM takes the job" in answer.stdout
     assert "ok    node names: 2 node(s), 2 do not resolve" in answer.stdout
     wrong = load_site(ROOT / "slurm" / "sites" / "minicluster.yaml", ["partition=none"])
-    findings = [*site_check._slurm_submission(wrong), *site_check._nodes(wrong)]  # all of it again would import the libraries again
+    findings = [*site_check._slurm_submission(wrong), *network_check.names(wrong)]  # all of it again would import the libraries again
     assert [(finding.name, finding.outcome) for finding in findings] == [("SLURM takes the job", "fail"), ("node names", "fail")]
     assert all(finding.remedy for finding in findings)
 
