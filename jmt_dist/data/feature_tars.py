@@ -165,8 +165,11 @@ def feature_damage(folder: Path, parts: Iterable[str], between: Callable[[], Non
     return ""
 
 
-def stored_samples(folder: Path, part: str, offsets: int, dtype: FeatureType) -> Tensor:
-    """The samples [K, 3] (unit, segment, phase) of a part that an unfinished folder holds, each once; damaged tars are removed."""
+def stored_samples(folder: Path, part: str, offsets: int, dtype: FeatureType, between: Callable[[], None] = lambda: None) -> Tensor:
+    """The samples [K, 3] (unit, segment, phase) of a part that an unfinished folder holds, each once; damaged tars are removed.
+
+    Reads every byte; `between` is called after each tar.
+    """
     found = [torch.empty(0, 3, dtype=torch.int32)]
     for path in sorted(folder.glob(f"{part}-*.tar")):
         try:
@@ -181,6 +184,7 @@ def stored_samples(folder: Path, part: str, offsets: int, dtype: FeatureType) ->
         except UserError as error:
             print(f"{error.sentence}: its samples are computed again", flush=True)
             path.unlink()
+        between()
     return torch.cat(found).unique(dim=0)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,7 +17,7 @@ from jmt_dist.model.heads import AudioModel, VisualModel
 from jmt_dist.train import stop
 from jmt_dist.train.engine import autocast
 from jmt_dist.train.plan import FoldPlan, claim
-from jmt_dist.train.ranks import any_rank, barrier, from_first, rank, world
+from jmt_dist.train.ranks import any_rank, apart, barrier, from_first, rank, world
 from jmt_dist.train.stage import finished, write_json
 from jmt_dist.train.stored import damage_of_features
 from jmt_dist.train.weights import load_weights
@@ -91,8 +91,17 @@ def _part(plan: FoldPlan, folder: Path, part: str, visual: nn.Module, audio: nn.
 def _had(plan: FoldPlan, folder: Path, part: str) -> Tensor:
     """The samples [K, 3] (unit, segment, phase) whose features are stored: as rank 0 sees them, since ranks may begin one by one."""
     options = plan.recipe.features
-    with plan.around.watch.paused():  # every byte is read
-        found: Tensor = from_first(stored_samples(folder, part, len(options.offsets), options.dtype) if rank() == 0 else None)
+    box: list[Tensor] = []
+
+    def moved(place: str) -> None:
+        plan.around.watch.beat(f"features, looking for what is stored{place and ', '}{place}", alone=not place)
+
+    def look(on: Callable[[], None]) -> None:
+        box.append(stored_samples(folder, part, len(options.offsets), options.dtype, on))
+
+    moved("")
+    apart(look if rank() == 0 else None, moved)
+    found: Tensor = from_first(box[0] if box else None)
     return found
 
 

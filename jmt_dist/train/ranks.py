@@ -14,7 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from jmt_dist.errors import UserError
+from jmt_dist.train.network import choose_interface
 
+LIMIT = timedelta(minutes=30)  # of one collective; what may take longer is done `apart`
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -28,10 +30,25 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+_hosts: Any = None
+
+
+def _over_hosts() -> Any:
+    """The group over which ranks agree: gloo, on tensors of the host. Collective where it is made.
+
+    None, the job's own group, where that is gloo itself. In a job of GPUs it is another one: NCCL would wait for all that the GPU
+    still has to do.
+    """
+    global _hosts
+    if _hosts is None and dist.get_backend() != "gloo":
+        _hosts = dist.new_group(backend="gloo", timeout=LIMIT)
+    return _hosts
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if world() > 1:
-        dist.barrier()
+        dist.barrier(group=_over_hosts())
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
@@ -42,21 +59,12 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return value
 
 
-_hosts: Any = None
-
-
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """True on every rank where it is true on one: ranks agree before they act. Collective.
-
-    GPU ranks agree over gloo: a sum on the GPU would wait for all that its stream has still to do.
-    """
+    """True on every rank where it is true on one: ranks agree before they act. Collective."""
     if world() == 1:
         return flag
-    global _hosts
-    if _hosts is None and device.type != "cpu":
-        _hosts = dist.new_group(backend="gloo")
     value = torch.tensor(float(flag))
-    dist.all_reduce(value, group=_hosts)
+    dist.all_reduce(value, group=_over_hosts())
     return bool(value > 0)
 
 
@@ -65,7 +73,7 @@ def from_first(value: Any) -> Any:
     if world() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=_over_hosts())
     return box[0]
 
 
@@ -82,7 +90,7 @@ _parts = 0
 def apart(work: Callable[[Callable[[], None]], None] | None, moved: Callable[[str], None]) -> None:
     """Some ranks do `work`, which may take longer than a collective may; the others (None) wait for it outside of one. Collective.
 
-    A worker calls what it is given whenever it has got on. The ranks that wait look at that twice a second, in the job's store, and
+    A worker calls what it is given whenever it has got on. The ranks that wait look at that, at most twice a second, in the job's store and
     hand it to their own `moved(where)`: where nobody gets on any more, nobody moves. Raises what `work` raises.
     """
     global _parts
@@ -97,12 +105,14 @@ def apart(work: Callable[[Callable[[], None]], None] | None, moved: Callable[[st
     if work is not None:
         store.add(f"{key}-done", 1)
     seen: list[int] = []
+    pause = 0.01  # work that is short is not waited for longer than it takes
     while store.add(f"{key}-done", 0) < len(workers):
         signs = [int(store.add(f"{key}-{number}", 0)) for number in workers]
         if signs != seen:
             seen = signs
             moved(f"waiting for rank{'s' * (len(workers) > 1)} {', '.join(map(str, workers))}")
-        time.sleep(0.5)
+        time.sleep(pause)
+        pause = min(0.5, 2 * pause)
 
 
 class _Sign:
@@ -122,7 +132,7 @@ def _everywhere(own: Any) -> list[Any]:
     """Every rank's picklable object, by rank, on every rank."""
     found: list[Any] = [own] * world()
     if world() > 1:
-        dist.all_gather_object(found, own)
+        dist.all_gather_object(found, own, group=_over_hosts())
     return found
 
 
@@ -132,7 +142,12 @@ def choose_device(name: str) -> torch.device:
         raise UserError("site.device=cuda, but torch finds no GPU here", "Use site.device=auto, or ask the scheduler for GPUs.")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    index, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if index >= there:  # NCCL refuses two ranks on one GPU, and DeepSpeed takes LOCAL_RANK for the number of its GPU
+        raise UserError(
+            f"rank {index} of this node sees {there} GPU{'s' * (there > 1)}, and needs the one of its own number",
+            "Use one rank per GPU, and let each see all GPUs of its node (no --gpus-per-task, no --gpu-bind); or site.device=cpu.",
+        )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
@@ -150,6 +165,8 @@ def start(device: torch.device) -> None:
         raise UserError(f"the environment sets some of {', '.join(VARIABLES)} but not {', '.join(missing)}", "Set all of them or none.")
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if os.environ["WORLD_SIZE"] != "1":
+        choose_interface()
     import setuptools  # noqa: F401 before DeepSpeed: otherwise torch warns of distutils
 
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -160,7 +177,7 @@ def start(device: torch.device) -> None:
     if device.type == "cpu":
         # used by inference_all_reduce only; building it would need a compiler and takes a minute (measured: 54 s)
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False, timeout=timedelta(minutes=30))
+    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False, timeout=LIMIT)
 
 
 def leave() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from jmt_dist.train.engine import autocast
 from jmt_dist.train.finetune import finetune_folder, finetune_key, finetuned, read_finetuned
 from jmt_dist.train.fuse import fusion_folder, predict_all, stored_features
 from jmt_dist.train.plan import FoldPlan, claim, make_key
-from jmt_dist.train.ranks import barrier, rank
+from jmt_dist.train.ranks import apart, from_first, rank
 from jmt_dist.train.stage import finished, write_json
 from jmt_dist.train.stored import require_whole
 
@@ -37,7 +37,7 @@ def evaluate(plan: FoldPlan) -> dict[str, Any]:
     folder = plan.folder / "evaluate"
     tuned = [finetune_key(plan, seed) for seed in plan.recipe.fusion.seeds] if plan.recipe.finetune else []
     key = make_key("evaluate", plan.recipe.evaluate.model_dump(), [plan.fusion_key(*pair) for pair in plan.fusions()], *tuned)
-    done = finished(folder, key)
+    done = from_first(finished(folder, key) if rank() == 0 else None)
     if done is not None:
         return dict(done["metrics"])
     for model, seed in plan.fusions():
@@ -49,11 +49,14 @@ def evaluate(plan: FoldPlan) -> dict[str, Any]:
         require_whole(plan, features, parts)
     claim(folder, key)
     metrics: dict[str, Any] = {}
-    if rank() == 0:
-        metrics = _evaluate(plan)
+
+    def work(on: Callable[[], None]) -> None:
+        metrics.update(_evaluate(plan, on))
         write_json(plan.folder / "metrics.json", metrics)
         write_json(folder / "done.json", {"key": key, "metrics": metrics})
-    barrier()
+
+    # the trainings of a zoo, test units included, take a CPU longer than a collective may
+    apart(work if rank() == 0 else None, lambda place: plan.around.watch.beat(f"evaluate{place and ', '}{place}", alone=not place))
     return metrics
 
 
@@ -74,7 +77,7 @@ def unit_labels(features: FeatureSet, units: list[UnitRows]) -> Rows:
     return found
 
 
-def _evaluate(plan: FoldPlan) -> dict[str, Any]:
+def _evaluate(plan: FoldPlan, on: Callable[[], None]) -> dict[str, Any]:
     validation = stored_features(plan, "validation")
     test = stored_features(plan, "test") if "test" in plan.parts else None
     units = _units(plan, validation)
@@ -85,12 +88,14 @@ def _evaluate(plan: FoldPlan) -> dict[str, Any]:
         one = runs.setdefault(model, Runs(parameters(net)))
         _add(plan, one, model, seed, net, (validation, test), labels)
         one.saturation.append(saturation(plan, model, seed, validation))
+        on()
     for seed in plan.recipe.fusion.seeds if plan.recipe.finetune else []:
         name = f"{plan.recipe.fusion.model}-finetuned"
         sets = [read_finetuned(plan, seed, part) if part in plan.parts else None for part in ("validation", "test")]
         assert sets[0] is not None
         net = finetuned(plan, seed).fusion.to(plan.device)
         _add(plan, runs.setdefault(name, Runs(parameters(net))), name, seed, net, (sets[0], sets[1]), labels)
+        on()
     # apart from the scores: those are the same in every run of a recipe, times are not
     write_json(plan.folder / "costs.json", {model: _cost(plan, one) for model, one in runs.items()})
     main = plan.recipe.fusion.model

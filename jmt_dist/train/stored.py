@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from jmt_dist.data.feature_tars import AGAIN, feature_damage, read_description
 from jmt_dist.errors import UserError
 from jmt_dist.train import stop
 from jmt_dist.train.plan import FoldPlan
-from jmt_dist.train.ranks import from_first, rank
+from jmt_dist.train.ranks import apart, from_first, rank
 from jmt_dist.train.results import finished
 
 
@@ -35,8 +35,14 @@ def damage_of_features(plan: FoldPlan, folder: Path, parts: Iterable[str]) -> st
     left = [part for part in parts if (folder, part) not in plan.checked]
     if not left:
         return ""
-    with plan.around.watch.paused():
-        found = from_first(_look(folder, left) if rank() == 0 else None)
+    box: list[str | None] = []
+
+    def moved(place: str) -> None:
+        plan.around.watch.beat(f"checking {folder}{place and ', '}{place}", alone=not place)
+
+    moved("")
+    apart((lambda on: box.append(_look(folder, left, on))) if rank() == 0 else None, moved)
+    found = from_first(box[0] if box else None)
     if found is None:
         raise stop.Stopped(stop.requested() or "another rank was asked to stop")
     if not found:
@@ -44,18 +50,18 @@ def damage_of_features(plan: FoldPlan, folder: Path, parts: Iterable[str]) -> st
     return str(found)
 
 
-def _look(folder: Path, parts: list[str]) -> str | None:
+def _look(folder: Path, parts: list[str], on: Callable[[], None]) -> str | None:
+    def between() -> None:
+        on()
+        if stop.requested():
+            raise stop.Stopped(stop.requested())
+
     if not (folder / "done.json").exists():
         return ""
     try:
-        found = feature_damage(folder, parts, _raise_stop)
+        found = feature_damage(folder, parts, between)
         if not found and not read_description(folder).checkable:
             print(f"{folder} was stored without digests: its bytes cannot be checked; remove it to have it made again", flush=True)
     except stop.Stopped:
         return None
     return found
-
-
-def _raise_stop() -> None:
-    if stop.requested():
-        raise stop.Stopped(stop.requested())
