@@ -5,8 +5,11 @@
 
 The yardstick has as many attention layers as JMT (9: three encoders, six cross-attentions), width 512, one head, feed-forward
 512 in every layer as in JMT's encoders, dropout 0. `ratio_per_attention_layer` is the yardstick's time per layer divided by the
-model's whole time, head and all, per attention layer: above 1 the model is faster. `ratio_to_unbatched` compares JMT with the same
-parameters run one cross-attention after the other. Times are processor time of one thread, in turn, medians of rounds.
+model's whole time, head and all, per attention layer: above 1 the model is faster. A layer is an attention with one output per clip:
+the encoder of the reference preset's head, in which the six outputs of a clip attend to one another, counts six. `ratio_per_operation`
+counts instead the multiplications and additions of all matrix products, forward and backward (`gflop`, by torch's FlopCounterMode).
+`ratio_to_unbatched` compares JMT with the same parameters run one cross-attention after the other. Times are processor time of one
+thread, in turn, medians of rounds.
 """
 
 from __future__ import annotations
@@ -22,11 +25,13 @@ import torch
 from common import Result, run
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from jmt_dist.config import FUSION_MODELS, FusionOptions, JmtOptions, Options, Positive
 from jmt_dist.model.attention import LENGTH, WIDTH, Attention
 from jmt_dist.model.cross import CrossAttentions
-from jmt_dist.model.fusion import JMT
+from jmt_dist.model.fusion import JMT, SelfAttentionHead
 from jmt_dist.model.zoo import make_fusion
 
 PRESETS = {  # besides the names of the zoo, whose `jmt` is the paper's
@@ -90,11 +95,20 @@ def sides(names: list[str]) -> dict[str, nn.Module]:
 
 
 def attention_layers(model: nn.Module) -> int:
-    """How many attentions a model holds; a shared one counts once for each pair it serves."""
+    """How many attentions with one output per clip a model computes: a shared one counts for each pair it serves, the encoder of a
+    self-attention head for each output that attends in it."""
     if isinstance(model, Yardstick):
         return LAYERS
     batched = sum(len(module.pairs) for module in model.modules() if isinstance(module, CrossAttentions))
-    return batched + sum(isinstance(module, Attention) for module in model.modules())
+    within = len(model.pairs) - 1 if isinstance(model, JMT) and isinstance(model.head, SelfAttentionHead) else 0
+    return batched + within + sum(isinstance(module, Attention) for module in model.modules())
+
+
+def gflop(step: Callable[[], None]) -> float:
+    """Billions of multiplications and additions in the matrix products of a step; the fused attention's would go uncounted."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        step()
+    return float(counter.get_total_flops() / 1e9)
 
 
 def step_of(model: nn.Module, audio: Tensor, visual: Tensor) -> Callable[[], None]:
@@ -121,7 +135,14 @@ def bench(options: FusionBenchOptions, out: Path) -> Result:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     models = sides(options.models)
-    table = [["model", "parameters", *(f"ms, batch {b}, L {n}" for b in options.batches for n in options.lengths), "per layer (last)"]]
+    table = [
+        [
+            "model",
+            "parameters",
+            *(f"ms, batch {b}, L {n}" for b in options.batches for n in options.lengths),
+            "per layer, per operation (last)",
+        ]
+    ]
     cases: dict[str, dict[str, dict[str, float]]] = {}
     for batch in options.batches:
         for length in options.lengths:
@@ -129,8 +150,8 @@ def bench(options: FusionBenchOptions, out: Path) -> Result:
     for name, model in models.items():
         found = [times.get(name, {}) for times in cases.values()]
         cells = [f"{one['ms']:.1f}" if one else "–" for one in found]
-        last = found[-1].get("ratio_per_attention_layer")
-        table.append([name, f"{parameters(model):,}", *cells, f"{last:.2f}" if last else ""])
+        last = [found[-1].get(f"ratio_per_{what}") for what in ("attention_layer", "operation")]
+        table.append([name, f"{parameters(model):,}", *cells, ", ".join(f"{x:.2f}" if x else "–" for x in last)])
     sizes = {name: {"parameters": parameters(model), "attention_layers": attention_layers(model)} for name, model in models.items()}
     return Result({"models": sizes, "cases": cases}, table)
 
@@ -145,15 +166,15 @@ def case(models: dict[str, nn.Module], batch: int, length: int, options: FusionB
     audio, visual = torch.randn(batch, length, WIDTH), torch.randn(batch, length, WIDTH)
     steps = {name: step_of(model, audio, visual) for name, model in models.items() if name != "jca" or length == LENGTH}
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        step()
+    work = {name: gflop(step) for name, step in steps.items()}  # and the first step, which is slower than others
     for _ in range(options.rounds):
         for name, step in steps.items():
             times[name].append(turn(step, options.seconds))
     medians = {name: statistics.median(values) for name, values in times.items()}
     found = {}
     for name, middle in medians.items():
-        found[name] = {"ms": middle, "ms_lowest": min(times[name]), "ms_highest": max(times[name])}
+        found[name] = {"ms": middle, "ms_lowest": min(times[name]), "ms_highest": max(times[name]), "gflop": work[name]}
+        found[name]["ratio_per_operation"] = (medians[YARDSTICK] / work[YARDSTICK]) / (middle / work[name])
         layers = attention_layers(models[name])
         if layers and "/" not in name:
             found[name]["ratio_per_attention_layer"] = (medians[YARDSTICK] / LAYERS) / (middle / layers)

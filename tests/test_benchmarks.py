@@ -83,14 +83,21 @@ def test_flags_and_words() -> None:
 def test_the_fusion_benchmark_compares_layers_of_the_same_number_and_models_of_the_same_parameters() -> None:
     sides = bench_fusion.sides(["jmt", "jmt-reference", "vanilla", "concat"])
     layers = {name: bench_fusion.attention_layers(model) for name, model in sides.items()}
-    # the reference's head adds an encoder and an attention; its three modules serve six pairs
+    # the reference's head adds an encoder of the six outputs and an attention of the last one; its three modules serve six pairs
     one_by_one = {name: layers.pop(f"{name}/one-by-one") for name in ("jmt", "jmt-reference")}
-    assert layers == {"transformer-encoder": 9, "jmt": 9, "jmt-reference": 11, "vanilla": 4, "concat": 0}
-    assert one_by_one == {"jmt": 9, "jmt-reference": 11}
+    assert layers == {"transformer-encoder": 9, "jmt": 9, "jmt-reference": 9 + 6 + 1, "vanilla": 4, "concat": 0}
+    assert one_by_one == {"jmt": 9, "jmt-reference": 16}
     audio, visual = torch.randn(2, 8, 512), torch.randn(2, 8, 512)
     with torch.no_grad():
         for name in ("jmt", "jmt-reference"):
             difference = sides[name](audio, visual) - sides[f"{name}/one-by-one"](audio, visual)
             assert difference.abs().max() < 1e-4 * max(1.0, float(sides[name](audio, visual).abs().max()))
+    # multiply-adds of the yardstick by hand: 6 matrices of 512² a layer and position, 2 products of 512 a pair of positions, of which
+    # the inputs' gradients are as many and the weights' too, but that the first layer's inputs need none for its three projections
+    forward, pairs = 9 * 8 * 6 * 512**2, 9 * 8 * 8 * 2 * 512
+    once = 2 * (3 * forward - 3 * 8 * 512**2 + 3 * pairs)
+    step = bench_fusion.step_of(sides["transformer-encoder"], audio[:1], visual[:1])
+    assert bench_fusion.gflop(step) == pytest.approx(once / 1e9, rel=1e-6)
     found = bench_fusion.case(sides, 1, 64, bench_fusion.FusionBenchOptions(rounds=1, seconds=1e-6))
     assert set(found) == set(sides) and found["transformer-encoder"]["ratio_per_attention_layer"] == 1
+    assert found["transformer-encoder"]["ratio_per_operation"] == 1 and found["jmt-reference"]["gflop"] > found["jmt"]["gflop"]

@@ -88,11 +88,16 @@ def _softmax_attention(style: AttentionStyle, rows: Tensor, columns: Tensor, val
     return result.masked_fill(~some[:, None, None], 0)
 
 
-def attention_weights(style: AttentionStyle, rows: Tensor, columns: Tensor, mask: Tensor | None = None) -> Tensor:
-    """rows [N, heads, L, d], columns [N, heads, S, d], mask [N, S] or None → weights [N, heads, L, S], 0 at masked columns."""
+def attention_weights(
+    style: AttentionStyle, rows: Tensor, columns: Tensor, mask: Tensor | None = None, *, width: int | None = None
+) -> Tensor:
+    """rows [N, heads, L, d], columns [N, heads, S, d], mask [N, S] or None → weights [N, heads, L, S], 0 at masked columns.
+
+    `width`: what the scores are scaled by the root of; by default d.
+    """
     scores = rows @ columns.transpose(-1, -2)
     if style.scale == "sqrt":
-        scores = scores / math.sqrt(rows.shape[-1])
+        scores = scores / math.sqrt(width or rows.shape[-1])
     if style.bias == "log_length":
         if mask is None:
             scores = scores - math.log(scores.shape[-1])
@@ -139,6 +144,21 @@ class Attention(nn.Module):
         observe = None if watcher is None else lambda weights, mask: watcher(weights, mask, "")
         query, key, value = self.query(x), self.key(source), self.value(source)
         return cast(Tensor, self.out(attend(self.style, query, key, value, mask, heads=self.heads, observe=observe)))
+
+    def last(self, x: Tensor) -> Tensor:
+        """What `forward(x, x)` gives at the last position: [B, S, width] → [B, width], at a sixth of its operations for S = 6.
+
+        Only that position's row is projected. The column side's matrix is applied to it instead of to every position, since
+        r · (C x) = (Cᵀ r) · x, and V's to the weighted sum of positions, since it is linear.
+        """
+        row, column = (self.key, self.query) if self.style.rows == "key" else (self.query, self.key)
+        rows = row(x[:, -1]).unflatten(-1, (self.heads, -1)).transpose(0, 1)  # [heads, B, d]
+        through = (rows @ column.weight.unflatten(0, (self.heads, -1))).transpose(0, 1)  # [B, heads, width]
+        weights = attention_weights(self.style, through[:, None], x[:, None], width=rows.shape[-1])[:, 0]  # [B, heads, S]
+        if self.observer is not None:
+            self.observer(weights.detach()[:, :, None], None, "")
+        mixed = (weights @ x).transpose(0, 1) @ self.value.weight.unflatten(0, (self.heads, -1)).transpose(1, 2)  # [heads, B, d]
+        return cast(Tensor, self.out(mixed.transpose(0, 1).flatten(1)))
 
 
 class EncoderLayer(nn.Module):

@@ -76,8 +76,7 @@ class CrossAttentions(nn.Module):
 
     def forward(self, streams: Mapping[str, Tensor], mask: Tensor | None = None) -> Tensor:
         """Streams {name: [B, L, width]}, mask [B, L] bool (True = valid) or None → [pairs, B, L, width]."""
-        parts = self._project_shared(streams) if self.shared else self._project(streams)
-        query, key, value = (torch.stack([parts[role, pair] for pair in self.pairs]) for role in ROLES)  # [P, B, L, width]
+        query, key, value = self._project_shared(streams) if self.shared else self._project(streams)  # [P, B, L, width]
         batch, length, width = query.shape[1:]
         every = None if mask is None else mask.repeat(len(self.pairs), 1)
         observe = None if self.observer is None else self._observe
@@ -86,25 +85,23 @@ class CrossAttentions(nn.Module):
         each = attended.reshape(len(self.out_weight), -1, width)
         return torch.baddbmm(self.out_bias, each, self.out_weight.transpose(1, 2)).reshape(-1, batch, length, width)
 
-    def _project(self, streams: Mapping[str, Tensor]) -> dict[tuple[str, Pair], Tensor]:
-        return {
+    def _project(self, streams: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        parts = {
             asked: found
             for name, all_asked in self._asked.items()
             for asked, found in zip(all_asked, self.project[name](streams[name]), strict=True)
         }
+        return tuple(torch.stack([parts[role, pair] for pair in self.pairs]) for role in ROLES)
 
-    def _project_shared(self, streams: Mapping[str, Tensor]) -> dict[tuple[str, Pair], Tensor]:
-        parts: dict[tuple[str, Pair], Tensor] = {}
-        for name, projections in self.project.items():
-            assert isinstance(projections, Projections)
-            matrices = dict(zip(self._roles, projections.matrices(), strict=True))
-            mine = [pair for pair in self.pairs if pair[0] == name]
-            query = F.linear(streams[name], *matrices["query"])
-            sources = torch.stack([streams[s] for _, s in mine])
-            key, value = (F.linear(sources, *matrices[role]).unbind() for role in ("key", "value"))
-            for i, pair in enumerate(mine):
-                parts |= {("query", pair): query, ("key", pair): key[i], ("value", pair): value[i]}
-        return parts
+    def _project_shared(self, streams: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        query, key, value = [], [], []
+        for name in self.project:  # in the order of the pairs
+            matrices = dict(zip(self._roles, self._projections(name).matrices(), strict=True))
+            sources = torch.stack([streams[s] for x, s in self.pairs if x == name])
+            query += [F.linear(streams[name], *matrices["query"])] * len(sources)
+            key.append(F.linear(sources, *matrices["key"]))
+            value.append(F.linear(sources, *matrices["value"]))
+        return torch.stack(query), torch.cat(key), torch.cat(value)
 
     def _observe(self, weights: Tensor, mask: Tensor | None) -> None:
         masks: Sequence[Tensor | None] = [None] * len(self.pairs) if mask is None else mask.chunk(len(self.pairs))

@@ -129,6 +129,5 @@ class SelfAttentionHead(nn.Module):
 
     def forward(self, outputs: Tensor) -> Tensor:
         """[B, L, count, 512] → [B, L, 2]."""
-        tokens = self.encoder(outputs.flatten(0, 1))
-        last = self.attention(tokens, tokens)[:, -1]
+        last = self.attention.last(self.encoder(outputs.flatten(0, 1)))
         return cast(Tensor, self.targets(last).unflatten(0, outputs.shape[:2]))

@@ -180,3 +180,24 @@ def test_paper_scores_saturate_at_the_start_and_scaled_ones_do_not() -> None:
     with watch_saturation(demo) as found, torch.no_grad():
         demo(torch.randn(16, 8, 512), torch.randn(16, 8, 512))
     assert found.share < 0.25
+
+
+@pytest.mark.parametrize("style", [AttentionStyle(), PAPER, AttentionStyle("sigmoid", "query", "sqrt", "log_length")])
+@pytest.mark.parametrize("heads", [1, 4])
+def test_the_last_position_alone_is_that_of_all(style: AttentionStyle, heads: int) -> None:
+    torch.manual_seed(4)
+    attention = Attention(style, 32, heads).double()
+    for layer in (attention.query, attention.key, attention.out):
+        if layer.bias is not None:
+            nn.init.normal_(layer.bias)
+    seen: list[torch.Tensor] = []
+    attention.observer = lambda weights, mask, part: seen.append(weights)
+    found, x = [], features(3, 6, 32)
+    for output in (attention(x, x)[:, -1], attention.last(x)):
+        attention.zero_grad()
+        output.square().sum().backward()
+        found.append([output.detach(), *(p.grad.clone() for p in attention.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) == 1 + len(list(attention.parameters()))
+    for whole, last in zip(*found, strict=True):
+        assert torch.allclose(whole, last, atol=1e-11)
+    assert seen[1].shape == (3, heads, 1, 6) and torch.allclose(seen[0][:, :, -1:], seen[1], atol=1e-12)
