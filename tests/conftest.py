@@ -1,4 +1,4 @@
-"""Fixtures that several rooms share: a real MLflow store."""
+"""Fixtures that several rooms share: a real MLflow store, a synthetic dataset with every irregularity."""
 
 import os
 import shutil
@@ -7,7 +7,17 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # before anything imports mlflo
 
 import pytest
 
+from jmt_dist.affwild2.fixture import make_fixture
+from jmt_dist.config import FixtureOptions
 from jmt_dist.track.tracker import ParentRun, connect, create_experiment
+
+IRREGULAR = FixtureOptions(out="irregular", units=9, rows=64, gotchas="all", workers=2)
+
+
+@pytest.fixture(scope="session")
+def irregular(tmp_path_factory):
+    """FixtureReport of the fixture with every irregularity of the real dataset, one tiny unit each; to be read only."""
+    return make_fixture(IRREGULAR.model_copy(update={"out": str(tmp_path_factory.mktemp("irregular") / IRREGULAR.out)}))
 
 
 @pytest.fixture(scope="session")

@@ -1,61 +1,30 @@
-"""The fixture on disk: layout, labels, crops, containers, gotchas; made once, the same for any number of workers."""
+"""The fixture on disk: plan, layout, labels; made once, the same for any number of workers."""
 
 from __future__ import annotations
 
-import io
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pytest
-from PIL import Image
 
 from jmt_dist.affwild2 import fixture
-from jmt_dist.affwild2.fixture import FixtureReport, cues_of, make_fixture, plan_fixture, unit_rows
-from jmt_dist.affwild2.fixture_face import make_identity, render_blocks
-from jmt_dist.affwild2.fixture_gotchas import COSTLY, HARMLESS, missing_frames
+from jmt_dist.affwild2.fixture import FixtureReport, make_fixture, plan_fixture, unit_rows
+from jmt_dist.affwild2.fixture_gotchas import COSTLY, HARMLESS
 from jmt_dist.affwild2.fixture_plan import UnitPlan, VideoPlan
-from jmt_dist.affwild2.fixture_voice import make_voice
-from jmt_dist.affwild2.fixture_walk import stream
 from jmt_dist.affwild2.labels import read_labels
 from jmt_dist.affwild2.layout import find_dataset
-from jmt_dist.affwild2.media import MediaError, frame_timestamps, read_audio
 from jmt_dist.config import FixtureOptions
 from jmt_dist.errors import UserError
 
+from .made import labels_of
+
 ROOT = Path(__file__).parents[2]
 TINY: dict[str, Any] = {"units": 3, "test_units": 1, "rows": 64, "gotchas": "none"}
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> FixtureReport:
-    return make_fixture(FixtureOptions(out=str(tmp_path_factory.mktemp("made") / "all"), units=9, rows=64, gotchas="all", workers=2))
-
-
-@pytest.fixture(scope="module")
-def plans() -> dict[str, tuple[VideoPlan, UnitPlan]]:
-    options = FixtureOptions(out="-", units=9, rows=64, gotchas="all")
-    return {u.name: (v, u) for v in plan_fixture(options) for u in v.people}
-
-
-@pytest.fixture(scope="module")
-def by_gotcha(plans: dict[str, tuple[VideoPlan, UnitPlan]]) -> dict[str, tuple[VideoPlan, UnitPlan]]:
-    return {u.gotcha: (v, u) for v, u in plans.values()}
-
-
-def labels_of(root: Path, unit: UnitPlan) -> Path:
-    folder = {"train": "Train_Set", "validation": "Validation_Set"}[unit.split]
-    return root / "annotations" / "VA_Estimation_Challenge" / folder / f"{unit.name}.txt"
-
-
-def media_of(root: Path, video: VideoPlan) -> Path:
-    return root / video.batch / f"{video.stem}{video.suffix}"
 
 
 def tree(root: Path) -> dict[str, bytes]:
@@ -144,211 +113,6 @@ def test_test_units_have_a_list_and_a_sample_file_and_no_labels(made: FixtureRep
     assert lines[0] == "image_location,valence,arousal"
     assert [line.split(",")[0] for line in lines[1:]] == [f"{n}/{k:05d}.jpg" for n in names for k in range(1, plans[n][1].rows + 1)]
     assert not [p for p in (made.out / "annotations").rglob("*.txt") if p.stem in names]
-
-
-# ---- crops
-
-
-def segments(data: bytes) -> list[tuple[int, bytes]]:
-    """(marker, payload) of a JPEG's segments up to the scan."""
-    found, at = [], 2
-    while data[at + 1] != 0xDA:
-        length = int.from_bytes(data[at + 2 : at + 4], "big")
-        found.append((data[at + 1], data[at + 4 : at + 2 + length]))
-        at += 2 + length
-    return found
-
-
-def huffman_counts(data: bytes) -> dict[int, tuple[int, ...]]:
-    tables: dict[int, tuple[int, ...]] = {}
-    for marker, payload in segments(data):
-        while marker == 0xC4 and payload:
-            counts = tuple(payload[1:17])
-            tables[payload[0]] = counts
-            payload = payload[17 + sum(counts) :]
-    return tables
-
-
-# ITU T.81, tables K.3 to K.6: how many codes of each length 1..16
-STANDARD_TABLES = {
-    0x00: (0, 1, 5, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0),
-    0x01: (0, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0),
-    0x10: (0, 2, 1, 3, 3, 2, 4, 3, 5, 5, 4, 4, 0, 0, 1, 125),
-    0x11: (0, 2, 1, 2, 4, 4, 3, 4, 7, 5, 4, 4, 0, 1, 2, 119),
-}
-
-
-def test_ordinary_crops_are_baseline_420_with_standard_tables(made: FixtureReport, plans: dict[str, tuple[VideoPlan, UnitPlan]]) -> None:
-    for video, unit in plans.values():
-        if unit.gotcha:
-            continue
-        files = sorted((made.out / "cropped_aligned" / unit.name).iterdir())
-        assert [f.name for f in files] == [f"{k:05d}.jpg" for k in range(1, video.frames + 1)]
-        data = files[0].read_bytes()
-        frame = next(payload for marker, payload in segments(data) if marker == 0xC0)  # baseline
-        assert frame[1:5] == bytes([0, 112, 0, 112]) and frame[5] == 3 and [frame[7], frame[10], frame[13]] == [0x22, 0x11, 0x11]
-        assert huffman_counts(data) == STANDARD_TABLES
-        tables = {tuple(p for m, p in segments(f.read_bytes()) if m == 0xDB) for f in files[::20]}
-        assert len(tables) == 1  # one quality per unit
-
-
-def crops_of(root: Path, unit: UnitPlan) -> dict[int, Path]:
-    folders = [root / "cropped_aligned" / unit.name, root / "cropped_aligned_new_50_vids" / unit.name]
-    return {int(p.stem): p for folder in folders if folder.is_dir() for p in folder.iterdir()}
-
-
-def test_missing_crops(made: FixtureReport, by_gotcha: dict[str, tuple[VideoPlan, UnitPlan]]) -> None:
-    video, unit = by_gotcha["missing-crops"]
-    absent = set(range(1, video.frames + 1)) - set(crops_of(made.out, unit))
-    assert absent == missing_frames("missing-crops", video.frames) and {1, video.frames} <= absent
-    shown = unit_rows(0, video, unit).face
-    assert not shown[[k - 1 for k in absent]].any() and shown[1].any()
-
-
-def test_spoiled_crops(made: FixtureReport, by_gotcha: dict[str, tuple[VideoPlan, UnitPlan]]) -> None:
-    def image(gotcha: str, frame: int) -> Image.Image:
-        return Image.open(crops_of(made.out, by_gotcha[gotcha][1])[frame])
-
-    assert image("jpeg-wrong-size", 5).size == (128, 128) and image("jpeg-wrong-size", 16).size == (96, 112)
-    assert image("jpeg-grayscale", 1).mode == "L" and image("jpeg-grayscale", 2).mode == "RGB"
-    assert image("jpeg-progressive", 1).info.get("progressive")
-    assert image("jpeg-444", 1).layer[0][1:3] == (1, 1)  # type: ignore[attr-defined]
-    assert huffman_counts(crops_of(made.out, by_gotcha["jpeg-optimised"][1])[1].read_bytes()) != STANDARD_TABLES
-    assert image("jpeg-quality", 1).quantization != image("jpeg-quality", 2).quantization  # type: ignore[attr-defined]
-    broken = crops_of(made.out, by_gotcha["jpeg-corrupt"][1])
-    for frame in (8, 16, 24):
-        with pytest.raises(OSError):
-            Image.open(io.BytesIO(broken[frame].read_bytes())).load()
-
-
-def test_folders_and_links(made: FixtureReport, by_gotcha: dict[str, tuple[VideoPlan, UnitPlan]]) -> None:
-    video, unit = by_gotcha["symbolic-link"]
-    assert media_of(made.out, video).is_symlink() and (made.out / "cropped_aligned" / unit.name).is_symlink()
-    assert len(frame_timestamps(media_of(made.out, video))) == video.frames == len(crops_of(made.out, unit))
-    _, split = by_gotcha["split-folder"]
-    first, second = (len(list((made.out / f / split.name).iterdir())) for f in ("cropped_aligned", "cropped_aligned_new_50_vids"))
-    assert first and second and first + second == by_gotcha["split-folder"][0].frames
-    assert not (made.out / "cropped_aligned" / by_gotcha["new-folder"][1].name).exists()
-    assert "." in by_gotcha["name-with-dot"][1].name and " " in by_gotcha["name-with-space"][1].name
-
-
-def test_doubles_names_in_other_bytes_and_the_third_kind_of_pair(
-    made: FixtureReport, by_gotcha: dict[str, tuple[VideoPlan, UnitPlan]]
-) -> None:
-    video, unit = by_gotcha["duplicate"]
-    first = labels_of(made.out, unit)
-    second = first.parent.with_name("Validation_Set") / first.name
-    assert (len(read_labels(first)), len(read_labels(second))) == (60, 30)
-    assert (made.out / "batch1" / f"{video.stem}.mp4").read_bytes() == (made.out / "batch2" / f"{video.stem}.mp4").read_bytes()
-    video, unit = by_gotcha["name-not-utf8"]
-    assert os.fsencode(media_of(made.out, video)).endswith(b"caf\xe9.mp4")
-    assert len(frame_timestamps(media_of(made.out, video))) == len(crops_of(made.out, unit)) == len(read_labels(labels_of(made.out, unit)))
-    with pytest.raises(UnicodeEncodeError):
-        unit.name.encode()
-    video, _ = by_gotcha["main-and-left"]
-    main, left = video.people
-    assert (main.name, left.name) == (video.stem, f"{video.stem}_left")
-    assert [len(crops_of(made.out, person)) for person in video.people] == [48, 48]
-    assert crops_of(made.out, main)[1].read_bytes() != crops_of(made.out, left)[1].read_bytes()
-    assert not list((made.out / "batch2").glob(f"{video.stem}_left.*"))  # one video, under the main name
-
-
-# drawn when the figures in README and benchmarks/results were measured: place of the video, then of its last unit valence of row 1,
-# arousal of row 101, the face's valence cue of row 201, the voice's arousal cue of row 256, and the mean of crop 4
-LEARNT = (
-    (0, 0.241004, 0.886138, -0.250555, 0.490894, 95.635),
-    (5, 0.762844, -0.298, 0.303005, 0.59276, 109.799),
-)
-
-
-def test_what_is_learnt_does_not_change_with_what_is_added() -> None:
-    """No gotcha may move a random stream of the ordinary units."""
-    plain, every = (plan_fixture(FixtureOptions(out="-", test_units=0, gotchas=gotchas)) for gotchas in ("none", "all"))
-    assert every[: len(plain)] == plain
-    assert stream(0, "837", "levels", 3).integers(0, 10**9, 3).tolist() == [666309597, 624741966, 514720263]
-    for place, *wanted in LEARNT:
-        video = plain[place]
-        unit = video.people[-1]
-        times, cues = cues_of(0, video, unit)
-        crop = next(iter(render_blocks(0, unit.name, make_identity(0, unit.identity), times[:8], cues.face[:8])))[3]
-        found = [cues.valence[0], cues.arousal[100], cues.face[200, 0], cues.voice[255, 1], crop.mean()]
-        assert found == pytest.approx(wanted, abs=1e-2)  # a pixel may round otherwise on another processor
-        assert found[:4] == pytest.approx(wanted[:4], abs=1e-5)
-
-
-# ---- containers
-
-
-def test_containers_hold_the_planned_streams(made: FixtureReport, plans: dict[str, tuple[VideoPlan, UnitPlan]]) -> None:
-    kinds = set()
-    for video in {v.stem: v for v, _ in plans.values()}.values():
-        if video.people[0].gotcha in ("unreadable-media", "no-media", "test-unreadable"):
-            continue
-        path = media_of(made.out, video)
-        assert len(frame_timestamps(path)) == video.frames
-        with av.open(str(path)) as container:
-            assert container.streams.video[0].codec_context.name == {".mp4": "h264", ".avi": "mpeg4"}[video.suffix]
-            if not video.variable and not video.sound.lead:
-                assert float(container.streams.video[0].average_rate) == pytest.approx(video.fps, rel=0.01)
-            assert len(container.streams.audio) == (video.sound.kind != "absent")
-            for stream in container.streams.audio:
-                kinds.add((stream.codec_context.name, stream.codec_context.sample_rate, stream.codec_context.channels))
-                assert stream.codec_context.name == video.sound.codec
-                assert (stream.codec_context.sample_rate, stream.codec_context.channels) == (video.sound.rate, video.sound.channels)
-    assert {rate for _, rate, _ in kinds} >= {8_000, 16_000, 44_100, 48_000} and {c for _, _, c in kinds} == {1, 2}
-
-
-def test_rows_and_frames_differ_as_named(made: FixtureReport, by_gotcha: dict[str, tuple[VideoPlan, UnitPlan]]) -> None:
-    for gotcha, extra in (("rows-plus-1", 1), ("rows-plus-2", 2), ("rows-minus-1", -1), ("rows-plus-6", 6), ("rows-minus-5", -5)):
-        video, unit = by_gotcha[gotcha]
-        assert len(read_labels(labels_of(made.out, unit))) - len(frame_timestamps(media_of(made.out, video))) == extra
-
-
-def lag(heard: np.ndarray, voice: np.ndarray) -> tuple[float, float]:
-    """Seconds by which `heard` comes after `voice` (both at 44.1 kHz), and the correlation there."""
-    size = 1 << (len(heard) + len(voice)).bit_length()
-    cross = np.fft.irfft(np.fft.rfft(heard, size) * np.conj(np.fft.rfft(voice, size)), size)
-    best = int(np.argmax(cross))
-    return (best if best < size // 2 else best - size) / 44_100, float(cross[best] / np.sqrt((heard**2).sum() * (voice**2).sum()))
-
-
-@pytest.mark.parametrize("gotcha", ["missing-crops", "rows-plus-1", "rows-plus-2", "rows-minus-1", "audio-late", "audio-early", "short"])
-def test_sound_lies_where_the_pictures_need_it(made: FixtureReport, by_gotcha: dict[str, tuple[VideoPlan, UnitPlan]], gotcha: str) -> None:
-    video, unit = by_gotcha[gotcha]
-    heard = read_audio(media_of(made.out, video))
-    first = frame_timestamps(media_of(made.out, video))[0]
-    times, cues = cues_of(0, video, unit)
-    seconds = times[video.frames - 1] + 1 / video.fps + video.sound.lead
-    voice = make_voice(0, unit.name, unit.identity, seconds, times + video.sound.lead, cues.voice).astype(float)
-    voice[: round(video.sound.start * 44_100)] = 0  # was not recorded
-    assert heard is not None and first == pytest.approx(video.sound.lead, abs=0.002)
-    delay, correlation = lag(heard.astype(float), voice)
-    assert abs(delay) < 0.002 and correlation > 0.9
-
-
-def test_odd_sound(made: FixtureReport, by_gotcha: dict[str, tuple[VideoPlan, UnitPlan]]) -> None:
-    def heard(gotcha: str) -> np.ndarray | None:
-        return read_audio(media_of(made.out, by_gotcha[gotcha][0]))
-
-    assert heard("no-audio") is None and heard("audio-empty") is None
-    short = heard("audio-short")
-    assert short is not None and len(short) / 44_100 == pytest.approx(60 / 30 / 3, abs=0.05)
-    for gotcha in ("unreadable-media", "test-unreadable"):
-        with pytest.raises(MediaError):
-            heard(gotcha)
-    steps = np.diff(frame_timestamps(media_of(made.out, by_gotcha["variable-rate"][0])))
-    assert steps.max() > 2 * steps.min() > 0
-
-
-def test_odd_label_files(made: FixtureReport, by_gotcha: dict[str, tuple[VideoPlan, UnitPlan]]) -> None:
-    def data(gotcha: str) -> bytes:
-        return labels_of(made.out, by_gotcha[gotcha][1]).read_bytes()
-
-    assert b"nan" in data("label-nan") and b"\r\n" in data("label-crlf") and not data("label-no-header").startswith(b"valence")
-    assert len(read_labels(labels_of(made.out, by_gotcha["label-no-header"][1]))) == by_gotcha["label-no-header"][1].rows
-    assert data("invalid-rows").count(b"-5,-5\n") == 12
-    with pytest.raises(UserError, match="line 22"):
-        read_labels(labels_of(made.out, by_gotcha["label-broken"][1]))
 
 
 # ---- making

@@ -23,7 +23,7 @@ from jmt_dist.errors import UserError
 
 from ..affwild2.containers import click, write
 from . import tree as made
-from .test_pack import options, quiet, samples
+from .packing import options, quiet, samples
 
 TRAIN, VALIDATION = Path(made.LABELS) / "Train_Set", Path(made.LABELS) / "Validation_Set"
 NOT_UTF8 = os.fsdecode(b"caf\xe9")

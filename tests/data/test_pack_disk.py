@@ -19,7 +19,7 @@ from jmt_dist.data.pack import pack
 from jmt_dist.data.shards import open_shards
 from jmt_dist.errors import UserError
 
-from .test_pack import contents, options, quiet
+from .packing import contents, options, quiet
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,7 +15,7 @@ import pytest
 
 from jmt_dist.data.shards import open_shards
 
-from .test_pack import contents
+from .packing import contents
 
 ROOT = Path(__file__).parents[2]
 

@@ -24,7 +24,7 @@ from jmt_dist.data.pack_part import PackPart, plan_parts
 from jmt_dist.errors import UserError
 
 from ..cluster import fakeslurm
-from .test_pack import contents, options, quiet
+from .packing import contents, options, quiet
 
 ROOT = Path(__file__).parents[2]
 

@@ -22,7 +22,7 @@ from jmt_dist.data.sample import parse_key
 from jmt_dist.data.shards import open_shards
 from jmt_dist.data.tars import parse_index
 
-from .test_pack import contents, options, quiet
+from .packing import contents, options, quiet
 
 ROOT = Path(__file__).parents[2]
 SMALL = 3  # samples per shard: 12 shards of the tree's 36 samples, so that videos are done with at different times

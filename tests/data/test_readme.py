@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .test_pack import contents
+from .packing import contents
 
 ROOT = Path(__file__).parents[2]
 
