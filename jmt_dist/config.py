@@ -322,7 +322,7 @@ class VerifyOptions(Options):
 class ShowOptions(Options):
     """Looking at one sample of a shard folder."""
 
-    shards: str = Field("shards-affwild2", description="folder written by pack_shards.py")
+    shards: str = Field(description="folder written by pack_shards.py")
     key: str = Field("", description="key of the sample, <unit>-<segment>-<phase>; empty: the first sample of the folder")
     offset: Annotated[int, Field(ge=0, le=7)] = Field(7, description="which subsequence is drawn: where in the strip it starts")
     out: str = Field("", description="PNG to write; empty: <key>.png in the current folder")

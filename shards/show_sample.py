@@ -1,6 +1,6 @@
 """Show one sample of a shard folder: members, labels, and a contact sheet as PNG.
 
-python shards/show_sample.py shards=shards-affwild2
+python shards/show_sample.py shards-affwild2
 python shards/show_sample.py shards=shards-affwild2 key=video59_right-0003-2 offset=0 out=sheet.png
 
 A row of the sheet is one clip: eight frames with their source frame, its spectrogram, its label. Below: the labels and the

@@ -92,9 +92,10 @@ def find_dataset(root: Path) -> Dataset:
     """
     root = Path(root)
     if not root.is_dir():
-        raise UserError(f"there is no folder {root}", "Give the folder that holds batch1, cropped_aligned and annotations.")
+        sentence = f"{root} is a file, not a folder" if root.exists() else f"there is no folder {root}"
+        raise UserError(sentence, "Give the folder that holds batch1, cropped_aligned and annotations.")
     found = _Found()
-    _walk(root, root, 0, found)
+    _walk(root, _entries(root), 0, found)
     problems = [Problem("", f"{_short(root, path)} cannot be listed", "folder that cannot be listed") for path in found.closed]
     labels = _labels(root, found, problems)
     test, sample_file = _test_units(root, found, problems)
@@ -122,8 +123,9 @@ def find_dataset(root: Path) -> Dataset:
         except UserError as error:  # costs this unit, not the dataset: packing reads the file again and names the unit
             problems.append(Problem(name, error.sentence, "unreadable label file"))
             rows = 0
-        if path is not None and not rows:
-            problems.append(Problem(name, f"has no label rows in {_short(root, path)}", "empty label file"))
+        else:
+            if path is not None and not rows:
+                problems.append(Problem(name, f"has no label rows in {_short(root, path)}", "empty label file"))
         units.append(Unit(name, video, split, path, crops, media.get(video), rows))
     return Dataset(root, _release(root, units), tuple(units), tuple(problems), sample_file)
 
@@ -166,9 +168,12 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _walk(root: Path, folder: Path, depth: int, found: _Found) -> None:
-    """Collect what is of interest; crop folders (three million files) and label folders are not entered."""
-    for entry in _entries(folder):
+def _walk(root: Path, entries: list[os.DirEntry[str]], depth: int, found: _Found) -> None:
+    """Collect what is of interest; crop folders (three million files) and label folders are not entered.
+
+    A folder that cannot be listed is noted, unless it is one of those that are read: raises UserError for these.
+    """
+    for entry in entries:
         path, name = Path(entry.path), entry.name.lower()
         if not _is_dir(entry):
             if TEST_LIST.fullmatch(name):
@@ -181,14 +186,17 @@ def _walk(root: Path, folder: Path, depth: int, found: _Found) -> None:
         elif re.fullmatch(r"batch_?\d+", name):
             found.batches.append(path)
         elif name in TRAIN_FOLDERS | VALIDATION_FOLDERS:
+            folder = path.parent
             other = any(OTHER_TASK.match(part) for part in folder.relative_to(root).parts)
             if folder not in found.annotations and not other and _label_files(path):
                 found.annotations.append(folder)
         elif depth + 1 < DEPTH and not name.startswith("cropped"):
             try:
-                _walk(root, path, depth + 1, found)
+                inside = _entries(path)
             except UserError:
                 found.closed.append(path)
+            else:
+                _walk(root, inside, depth + 1, found)
 
 
 def _label_files(folder: Path) -> list[Path]:
@@ -200,11 +208,14 @@ def _short(root: Path, path: Path) -> str:
 
 
 def _labels(root: Path, found: _Found, problems: list[Problem]) -> dict[str, tuple[str, Path]]:
-    """Label file and split of every labelled unit, from the one annotation folder whose name speaks for it most."""
+    """Label file and split of every labelled unit, from the one annotation folder whose name speaks for it most.
 
-    def rank(folder: Path) -> tuple[bool, bool, int]:
+    Of folders whose names speak alike, that of the newest edition (`6th_ABAW_Annotations/…`): their labels differ.
+    """
+
+    def rank(folder: Path) -> tuple[bool, bool, int, int]:
         name = folder.name.lower()
-        return not name.startswith("va"), not name.startswith("va_estimation"), len(folder.parts)
+        return not name.startswith("va"), not name.startswith("va_estimation"), -_edition(_short(root, folder)), len(folder.parts)
 
     labels: dict[str, tuple[str, Path]] = {}
     folders = sorted(found.annotations, key=rank)  # stable: equals stay in the order of the walk
@@ -248,12 +259,16 @@ def _files(folder: Path, depth: int = 0) -> Iterator[Path]:
             yield from _files(Path(entry.path), depth + 1)
 
 
+def _edition(name: str) -> int:
+    """The number of the challenge's edition that a name tells (`CVPR_6th_ABAW_…`), 0 where it tells none."""
+    return max((int(number) for number in re.findall(r"([0-9]+)(?:st|nd|rd|th)_", name)), default=0)
+
+
 def _newest(root: Path, paths: list[Path], what: str, problems: list[Problem]) -> Path | None:
     """Of several files of one kind that of the newest edition (`CVPR_6th_…`, `ICCV_9th_…`); of one edition the last by name."""
 
     def age(path: Path) -> tuple[Any, ...]:
-        edition = re.search(r"([0-9]+)(?:st|nd|rd|th)_", path.name)
-        return int(edition[1]) if edition else 0, natural(str(path))
+        return _edition(path.name), natural(str(path))
 
     paths = sorted(paths, key=age)
     for ignored in paths[:-1]:

@@ -28,6 +28,7 @@ from jmt_dist.data.pack_guard import (
     locked,
     nameless,
     refuse_foreign,
+    require_same,
     require_space,
 )
 from jmt_dist.data.pack_steps import pack_shards, plan_shards, prepare_videos, settle, video_tasks
@@ -59,7 +60,7 @@ def pack(options: PackOptions, say: Say = print) -> Packed:
     out = Path(options.out)
     with disk_errors(out):
         new = not out.exists()
-        claim(out)
+        claim(out, Path(options.source))
         try:
             return _pack_into(options, out, say)
         except UserError:
@@ -69,9 +70,9 @@ def pack(options: PackOptions, say: Say = print) -> Packed:
             raise
 
 
-def claim(out: Path) -> None:
-    """Make the folder. Raises UserError where it holds something that packing did not make."""
-    refuse_foreign(out)
+def claim(out: Path, source: Path) -> None:
+    """Make the folder. Raises UserError where it holds something that packing did not make, or lies in the dataset."""
+    refuse_foreign(out, source)
     out.mkdir(parents=True, exist_ok=True)
 
 
@@ -96,7 +97,7 @@ def _source(options: PackOptions) -> str:
 
 def survey(options: PackOptions, say: Say) -> Dataset:
     """Find the dataset; say what is in it and what packing it needs. Raises UserError: too little space (but for a dry run)."""
-    dataset = find_dataset(Path(options.source))
+    dataset = find_dataset(Path(_source(options)))
     nameless(dataset.units)
     say(f"{dataset.root}: release {dataset.release}")
     for split in SPLITS:
@@ -118,8 +119,10 @@ def _pack(options: PackOptions, out: Path, before: Manifest | None, known: PackR
     dataset = survey(options, say)
     videos = prepare_videos(options, video_tasks(dataset, out / WORK))
     content = settle(options, dataset, videos)
-    plan = plan_shards(options, dataset, content.packed, before, known)
+    plan = plan_shards(options, dataset, content, before, known)
     shards = sorted([*plan.done, *pack_shards(options, dataset, plan)], key=lambda shard: shard.name)
+    if before is not None:
+        require_same(before, shards)
     entries = tuple(Shard(s.name, s.samples, s.bytes, s.sha256) for s in shards)
     manifest = Manifest(out, content.release, decisive(options), content.packed, entries)
     report = PackReport(_source(options), content.release, content.counts, content.omitted, content.notes, tuple(shards))

@@ -1,10 +1,9 @@
-"""What packing refuses before it writes: a foreign folder, other options, too little space, a second packing at once."""
+"""What packing refuses: a foreign folder, one in the dataset, other options or files, too little space, a second packing at once."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ from typing import Any
 from jmt_dist.affwild2.layout import Unit
 from jmt_dist.config import PackOptions
 from jmt_dist.data.estimate import Estimate
+from jmt_dist.data.pack_shard import ShardResult
 from jmt_dist.data.sample import LONGEST_NAME, escape
 from jmt_dist.data.shards import MANIFEST, Manifest, PackedUnit, read_manifest
 from jmt_dist.errors import UserError
@@ -30,8 +30,10 @@ def decisive(options: PackOptions) -> dict[str, Any]:
     return {"audio": options.audio, "samples_per_shard": options.samples_per_shard, "seed": options.seed}
 
 
-def refuse_foreign(out: Path) -> None:
-    """Raises UserError where `out` is a file or holds something that packing did not make."""
+def refuse_foreign(out: Path, source: Path) -> None:
+    """Raises UserError where `out` is a file, lies in the dataset, or holds something that packing did not make."""
+    if source.resolve() in out.resolve().parents and not (out / MANIFEST).is_file():
+        raise UserError(f"{out} lies in the dataset {source}, which stays as it was shipped", "Choose an out= beside it.")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is not a folder", "Choose another out=.")
     if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file() and not (out / WORK).is_dir():
@@ -79,6 +81,19 @@ def is_whole(manifest: Manifest) -> bool:
     return sizes == [s.bytes for s in manifest.shards] and all((manifest.folder / s.index).is_file() for s in manifest.shards)
 
 
+def require_same(manifest: Manifest, made: Sequence[ShardResult]) -> None:
+    """Raises UserError where a shard that was lost and made again is not the one of the manifest; it is removed again."""
+    known = {shard.name: shard.sha256 for shard in manifest.shards}
+    other = [shard.name for shard in made if known.get(shard.name) != shard.sha256]
+    for name in other:
+        (manifest.folder / name).unlink(missing_ok=True)
+    if other:
+        raise UserError(
+            f"{manifest.folder / other[0]}, made again, is not what it was: the dataset or a library has changed since",
+            f"Put the dataset back as it was, or remove {manifest.folder} and pack anew.",
+        )
+
+
 def require_space(out: Path, expected: Estimate) -> None:
     """Raises UserError where the disk has less than the estimate; what an earlier run left in `out` counts as there."""
     there = sum(path.stat().st_size for path in [*out.glob("*.tar"), *out.glob(f"{WORK}/videos/*/pcm.npy")])
@@ -91,13 +106,18 @@ def require_space(out: Path, expected: Estimate) -> None:
         )
 
 
-def keep_plan(out: Path, options: PackOptions, packed: Sequence[PackedUnit], manifest: Manifest | None, started: bool) -> None:
-    """Write down what the shards are made of. Raises UserError where there are `started` ones made of something else."""
-    units = [[u.name, u.split, u.rows, u.valid] for u in packed]
-    plan = {"options": decisive(options), "units": hashlib.sha256(json.dumps(units).encode()).hexdigest()}
+def keep_plan(out: Path, options: PackOptions, packed: Sequence[PackedUnit], digest: str, manifest: Manifest | None, started: bool) -> None:
+    """Write down what the shards are made of: options, and all that pass 1 found, by its `digest`.
+
+    Raises UserError where there are `started` shards made of something else.
+    """
+    plan = {"options": decisive(options), "content": digest}
     path = out / WORK / PLAN
     if started and path.is_file() and json.loads(path.read_text(encoding="utf-8")) != plan:
-        raise UserError(f"{out} is half packed from other units or with other options", f"Remove {out}, or choose another out=.")
+        raise UserError(
+            f"{out} is half packed with other options or from other files than {options.source} holds now",
+            f"Give the options of then, or remove {out}, or choose another out=.",
+        )
     if manifest is not None and manifest.units != tuple(packed):
         raise UserError(f"{out} was packed from other units than {options.source} holds now", f"Remove {out}, or choose another out=.")
     partial = path.with_name(f"{PLAN}.{socket.gethostname()}.{os.getpid()}")  # jobs of one packing may write it side by side

@@ -16,7 +16,7 @@ from jmt_dist.config import PackOptions
 from jmt_dist.data.pack import Say, claim, pack, survey
 from jmt_dist.data.pack_guard import WORK, disk_errors, finished_manifest, locked
 from jmt_dist.data.pack_steps import pack_shards, plan_shards, prepare_videos, settle, video_tasks
-from jmt_dist.data.pack_video import VideoResult, read_result, video_folder
+from jmt_dist.data.pack_video import VideoResult, read_result
 from jmt_dist.data.report import read_report
 from jmt_dist.errors import UserError
 
@@ -60,19 +60,19 @@ class PackPart:
     def _shards(self, out: Path) -> None:
         videos: list[VideoResult] = []
         for task in video_tasks(self.dataset, out / WORK):
-            result = read_result(video_folder(task.work, task.video), {unit.name for unit in task.units})
+            result = read_result(task)
             if result is None:
                 raise UserError(f"video {task.video} is not prepared", "The last job makes what is missing.")
             videos.append(result)
         content = settle(self.options, self.dataset, videos)
-        pack_shards(self.options, self.dataset, plan_shards(self.options, self.dataset, content.packed), self.part, self.parts)
+        pack_shards(self.options, self.dataset, plan_shards(self.options, self.dataset, content), self.part, self.parts)
 
 
 def plan_parts(options: PackOptions, parts: int, say: Say = print) -> list[tuple[Step, list[PackPart]]]:
     """The steps of packing in `parts` jobs each, empty where all is packed. Raises UserError as `pack` does."""
     out = Path(options.out)
     with disk_errors(out):
-        claim(out)
+        claim(out, Path(options.source))
         with locked(out):
             report = read_report(out)
             manifest = finished_manifest(out, options, str(Path(options.source).resolve()), report.source if report else None)

@@ -69,7 +69,7 @@ def _decode_again(task: VideoTask) -> None:
     """Lay down a video's sound beside what pass 1 left. Raises UserError where the source is not what it was."""
     path, source = _path(task.work, task.video), task.units[0].media
     require_source(task.units)
-    before, media = read_result(path.parent, {unit.name for unit in task.units}), read_media(source)
+    before, media = read_result(task), read_media(source)
     if before is None or before.seconds != len(media.pcm) / RATE:
         raise UserError(f"{source} is not what it was when packing began", "Put it back, or remove the shard folder and pack anew.")
     partial = path.with_name(f"{SOUND}.{socket.gethostname()}.{os.getpid()}")  # jobs beside each other may lack the same

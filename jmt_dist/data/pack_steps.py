@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -33,6 +34,7 @@ class Content:
     omitted: Mapping[str, str]
     notes: tuple[Note, ...]
     counts: Mapping[str, Mapping[str, int]]
+    digest: str  # of all that decides the shards but the crops themselves
 
 
 def video_tasks(dataset: Dataset, work: Path) -> list[VideoTask]:
@@ -71,12 +73,22 @@ def settle(options: PackOptions, dataset: Dataset, videos: Sequence[VideoResult]
         PackedUnit(r.name, units[r.name].video, units[r.name].split, r.rows, r.valid, r.histogram) for r in results if not r.error
     )
     if not any(unit.rows for unit in packed):
-        raise UserError(f"no unit of {dataset.root} can be packed; the first: {next(iter(omitted.items()))}", "Check the dataset folder.")
+        name, reason = next(iter(omitted.items()), ("none", "they have no rows"))
+        raise UserError(f"no unit of {dataset.root} can be packed; {name}: {reason}", "Check the dataset folder.")
     make_folds((unit.summary() for unit in packed), options.folds)  # too few videos is an error now, not after hours
     invalid = {split: sum(r.invalid for r in results if units[r.name].split == split) for split in SPLITS}
     notes = [Note(problem.unit, problem.what, problem.sentence) for problem in dataset.problems]
     notes += [note for video in sorted(videos, key=lambda video: video.video) for unit in video.units for note in unit.notes]
-    return Content(_release(dataset, invalid), packed, omitted, tuple(notes), _counts(packed, invalid))
+    return Content(_release(dataset, invalid), packed, omitted, tuple(notes), _counts(packed, invalid), _digest(packed, videos))
+
+
+def _digest(packed: Sequence[PackedUnit], videos: Sequence[VideoResult]) -> str:
+    """sha256 of what pass 1 found, wherever the files lie."""
+    facts = sorted(
+        (v.video, v.frames, v.seconds, [(u.name, u.rows, u.valid, u.invalid, u.histogram, u.crops) for u in v.units]) for v in videos
+    )
+    units = [(unit.name, unit.split) for unit in packed]
+    return hashlib.sha256(json.dumps([units, facts]).encode()).hexdigest()
 
 
 def _release(dataset: Dataset, invalid: Mapping[str, int]) -> str:
@@ -111,13 +123,13 @@ class ShardPlan:
 
 
 def plan_shards(
-    options: PackOptions, dataset: Dataset, packed: Sequence[PackedUnit], before: Manifest | None = None, known: PackReport | None = None
+    options: PackOptions, dataset: Dataset, content: Content, before: Manifest | None = None, known: PackReport | None = None
 ) -> ShardPlan:
     """What pass 2 has to do, after the plan of the folder has been compared with this one."""
-    out = Path(options.out)
+    out, packed = Path(options.out), content.packed
     results = results_folder(out / WORK)
     results.mkdir(parents=True, exist_ok=True)
-    keep_plan(out, options, packed, before, started=any(results.glob("*.json")))
+    keep_plan(out, options, packed, content.digest, before, started=any(results.glob("*.json")))
     for shard in known.shards if before is not None and known is not None else ():  # a finished folder that lost a shard
         (results / f"{shard.name}.json").write_text(json.dumps(asdict(shard)), encoding="utf-8")
     units = {unit.name: unit for unit in dataset.units}

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -59,13 +60,14 @@ class UnitResult:
 
 @dataclass(frozen=True)
 class VideoResult:
-    """One video after pass 1: `seconds` of sound kept, `error` says why its container gave nothing."""
+    """One video after pass 1: `seconds` of sound kept, `error` says why its container gave nothing, `source` as of `state_of`."""
 
     video: str
     frames: int
     seconds: float
     units: tuple[UnitResult, ...]
     error: str = ""
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def video_folder(work: Path, video: str) -> Path:
 def prepare_video(task: VideoTask) -> VideoResult:
     """Do pass 1 for a video, or read what an earlier run did. Errors of units stand in the result; none is raised for them."""
     folder = video_folder(task.work, task.video)
-    done = read_result(folder, {unit.name for unit in task.units})
+    done = read_result(task)
     if done is not None and not done.error and not any(unit.error for unit in done.units):  # an error may have been put right since
         return done
     partial = folder.with_name(f"{folder.name}.partial")
@@ -100,6 +102,7 @@ def prepare_video(task: VideoTask) -> VideoResult:
 
 def _lay_down(task: VideoTask, folder: Path, partial: Path) -> VideoResult:
     partial.mkdir(parents=True)
+    state = state_of(task.units)  # before anything is read: what changes meanwhile is noticed the next time
     media = read_media(task.units[0].media)
     units = tuple(_prepare_unit(unit, media, partial, len(task.units)) for unit in task.units)
     require_source(task.units)
@@ -107,7 +110,7 @@ def _lay_down(task: VideoTask, folder: Path, partial: Path) -> VideoResult:
     np.save(partial / "times.npy", times)
     np.save(partial / SOUND, media.pcm)
     frames = 0 if media.times is None else len(media.times)
-    result = VideoResult(task.video, frames, len(media.pcm) / RATE, units, media.error)
+    result = VideoResult(task.video, frames, len(media.pcm) / RATE, units, media.error, state)
     (partial / RESULT).write_text(json.dumps(asdict(result)), encoding="utf-8")
     os.replace(partial, folder)
     return result
@@ -129,10 +132,29 @@ def gone(path: Path | str) -> UserError:
     return UserError(f"{path} was there and is gone", "Is the dataset still mounted? The same command goes on where it stopped.")
 
 
-def read_result(folder: Path, names: set[str]) -> VideoResult | None:
-    """What an earlier run found of the units `names`, if it was about them."""
+def state_of(units: Sequence[Unit]) -> str:
+    """sha256 of the units of a video and of place, size and time of their files and crop folders.
+
+    What pass 1 laid down is of use as long as this is the same: a video that was put in its place, crops that were added or
+    a sample file that came later must not be missed because an earlier run was interrupted.
+    """
+    facts = []
+    for unit in units:
+        facts.append(repr((unit.name, unit.split, unit.rows)))
+        for path in (unit.labels, unit.media, *unit.crops):
+            if path is not None and path.exists():
+                found = path.stat()
+                facts.append(repr((os.fspath(path), found.st_size, found.st_mtime_ns)))
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()
+
+
+def read_result(task: VideoTask) -> VideoResult | None:
+    """What an earlier run found of a video, if it was about these units and their files are what they were."""
+    names = {unit.name for unit in task.units}
     try:
-        data = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        data = json.loads((video_folder(task.work, task.video) / RESULT).read_text(encoding="utf-8"))
+        if data["source"] != state_of(task.units):
+            return None
         units = []
         for unit in data["units"]:
             notes = tuple(Note(**note) for note in unit["notes"])

@@ -89,8 +89,8 @@ class PackReport:
 
     def omission_lines(self) -> list[str]:
         """A table of the units left out, after a line that counts them."""
-        rows = table(("unit", "why"), list(self.omitted.items())) if self.omitted else []
-        return [printable(line) for line in (f"Units left out: {len(self.omitted)}", *rows)]
+        rows = [tuple(printable(word).replace(f"{self.source}/", "") for word in pair) for pair in self.omitted.items()]
+        return [f"Units left out: {len(rows)}", *(table(("unit", "why"), rows) if rows else [])]
 
     def write(self, folder: Path, work: Path) -> None:
         """Write both files, by way of the folder `work` on the same disk."""

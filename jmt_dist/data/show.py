@@ -30,12 +30,14 @@ from jmt_dist.data.shards import Manifest
 from jmt_dist.data.sound import MEL_MEAN, MEL_STD, TOP_DB, spectrograms
 from jmt_dist.data.strip import MODES, decode
 from jmt_dist.data.tars import Entry, parse_index, read_entry
+from jmt_dist.data.verify import check_sample
 from jmt_dist.errors import UserError
 
 # pixels: above the rows, left of the frames, between things, under a frame, of a spectrogram, of the charts of labels and sound
 TOP, LEFT, GAP, CAPTION, MEL_WIDTH, CHART, WAVE = 30, 72, 8, 16, 2 * MEL_COLUMNS, 150, 90
 BLUE, RED = "royalblue", "firebrick"
 SCALE = ((0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164))  # quiet to loud, dark to bright
+VERIFY = "verify_shards.py names all that is damaged."
 SILENCE = -90.0  # dB: a clip whose peak is below is digital silence
 
 
@@ -56,10 +58,17 @@ def find_sample(manifest: Manifest, key: str) -> tuple[str, Entry]:
 
 
 def load_sample(manifest: Manifest, key: str) -> tuple[str, Entry, Sample]:
-    """(tar, entry, sample) of a key. Raises UserError where no shard has it."""
-    tar, entry = find_sample(manifest, key)
-    with (manifest.folder / tar).open("rb") as file:
-        return tar, entry, Sample.from_members(read_entry(file, entry))
+    """(tar, entry, sample) of a key. Raises UserError where no shard has it, and where it cannot be read or is not as promised."""
+    units = {unit.name: (index, unit) for index, unit in enumerate(manifest.units)}
+    try:
+        tar, entry = find_sample(manifest, key)
+        with (manifest.folder / tar).open("rb") as file:
+            members = read_entry(file, entry)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{manifest.folder} cannot be read: {error}", VERIFY) from None
+    for problem in check_sample(entry, members, units, str(manifest.options.get("audio"))):
+        raise UserError(f"{entry.key} in {manifest.folder / tar} is damaged: {problem}", VERIFY)
+    return tar, entry, Sample.from_members(members)
 
 
 def describe(manifest: Manifest, tar: str, entry: Entry, sample: Sample, offset: int = OFFSETS - 1) -> list[str]:

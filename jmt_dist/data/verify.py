@@ -16,11 +16,11 @@ from jmt_dist.data.geometry import LEAD, SEGMENT, SIZE, STRIP, WINDOW, samples_o
 from jmt_dist.data.jpeg import StripError
 from jmt_dist.data.progress import Progress, in_processes
 from jmt_dist.data.sample import Sample, decode_audio, key, parse_key
-from jmt_dist.data.shards import Manifest, PackedUnit, Shard, read_manifest
+from jmt_dist.data.shards import MANIFEST, Manifest, PackedUnit, Shard, read_manifest
 from jmt_dist.data.strip import MODES, decode, split
 from jmt_dist.data.tars import Entry, index_text, read_entry, scan_tar
 from jmt_dist.data.verify_folds import verify_folds
-from jmt_dist.data.verify_source import compare_sample
+from jmt_dist.data.verify_source import compare_sample, compare_units
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class ShardVerdict:
-    """Keys of a shard, how many samples were compared with their source, and its defects."""
+    """Keys of a shard (none where it cannot be read), how many samples were compared with their source, and its defects."""
 
     shard: str
     keys: tuple[str, ...]
@@ -87,8 +87,7 @@ def verify(options: VerifyOptions, say: Callable[[str], None] = print) -> Verifi
     defects = [defect for verdict in verdicts for defect in verdict.defects]
     defects += _whole(manifest, verdicts)
     if source:
-        gone = [unit.name for unit in manifest.units if unit.name not in source]
-        defects += [Defect("manifest.json", "", f"unit {name} is not in {options.against}") for name in gone]
+        defects += [Defect(MANIFEST, "", what) for what in compare_units(manifest, source, options.against)]
     defects += [Defect(file, "", what) for file, what in verify_folds(manifest)]
     return Verified(sum(len(v.keys) for v in verdicts), sum(v.compared for v in verdicts), tuple(defects))
 
@@ -97,9 +96,13 @@ def _whole(manifest: Manifest, verdicts: Sequence[ShardVerdict]) -> list[Defect]
     """What only all shards together show: samples missing, doubled, or of no unit; files of no shard."""
     found = Counter(key for verdict in verdicts for key in verdict.keys)
     wanted = {key(unit.name, m, p) for unit in manifest.units for m, p in samples_of(unit.rows)}
-    defects = [Defect("manifest.json", name, "sample is missing from the shards") for name in sorted(wanted - found.keys())]
-    defects += [Defect("manifest.json", name, "sample of no unit of the manifest") for name in sorted(found.keys() - wanted)]
-    defects += [Defect("manifest.json", name, f"sample is there {count} times") for name, count in sorted(found.items()) if count > 1]
+    missing = sorted(wanted - found.keys())
+    unread = {verdict.shard for verdict in verdicts if not verdict.keys}
+    if len(missing) == sum(shard.samples for shard in manifest.shards if shard.name in unread):
+        missing = []  # they are in the tars that cannot be read: one defect each is enough
+    defects = [Defect(MANIFEST, name, "sample is missing from the shards") for name in missing]
+    defects += [Defect(MANIFEST, name, "sample of no unit of the manifest") for name in sorted(found.keys() - wanted)]
+    defects += [Defect(MANIFEST, name, f"sample is there {count} times") for name, count in sorted(found.items()) if count > 1]
     known = {shard.name for shard in manifest.shards} | {shard.index for shard in manifest.shards}
     there = sorted(path.name for pattern in ("*.tar", "*.idx") for path in manifest.folder.glob(pattern))
     return defects + [Defect(name, "", "file of no shard of the manifest") for name in there if name not in known]
