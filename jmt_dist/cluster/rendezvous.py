@@ -17,8 +17,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
 
-import psutil
-
 from jmt_dist.cluster.status import read_json, write_json
 from jmt_dist.errors import UserError
 
@@ -82,6 +80,8 @@ def choose_interface(nodes: Sequence[str]) -> None:
     node loopback is what is wanted. On several it is not, and many systems map their own name to 127.0.1.1: there the interface is
     the one by which this node reaches another of the job. NCCL chooses by itself, and never loopback between nodes.
     """
+    from jmt_dist.train.network import interface_to
+
     if os.environ.get("GLOO_SOCKET_IFNAME"):
         return
     if len(nodes) < 2:
@@ -96,17 +96,6 @@ def choose_interface(nodes: Sequence[str]) -> None:
     found = next(filter(None, map(interface_to, nodes)), "")
     if found:
         os.environ["GLOO_SOCKET_IFNAME"] = found
-
-
-def interface_to(node: str) -> str:
-    """The network interface by which this machine reaches another; empty where that does not resolve, or is this machine."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((node, 9))  # sends nothing
-        own = probe.getsockname()[0]
-        for name, addresses in psutil.net_if_addrs().items():
-            if name != "lo" and own != socket.gethostbyname(node) and any(address.address == own for address in addresses):
-                return name
-    return ""
 
 
 def publish(folder: Path, start: str, host: str) -> None:

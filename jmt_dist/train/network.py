@@ -12,50 +12,52 @@ ELSEWHERE = "192.0.2.1"  # an address of no machine (RFC 5737): the way to it is
 
 
 def choose_interface() -> None:
-    """Set GLOO_SOCKET_IFNAME to the interface on the way to MASTER_ADDR, unless it is set.
+    """Set GLOO_SOCKET_IFNAME where gloo would listen at a loopback address though MASTER_ADDR is none; a value that is set stays.
 
-    Left alone, gloo takes the address that the node's own name resolves to: on many systems 127.0.1.1, where ranks of other nodes
-    look for it in vain. Raises UserError where the variable names an interface that this node does not have.
+    gloo listens at the address that the node's own name stands for: on many systems 127.0.1.1, where ranks of other nodes look for it
+    in vain. A scheduler's job has chosen before, knowing all its nodes; this is for ranks that torchrun or a person has started.
+    Raises UserError where the variable names an interface that this node does not have.
     """
     own = _interfaces()
     named = [name for name in os.environ.get(VARIABLE, "").split(",") if name]
     missing = [name for name in named if name not in own.values()]
     if missing:
-        there = ", ".join(sorted(set(own.values())))
         raise UserError(
-            f"{VARIABLE}={','.join(named)}, but {socket.gethostname()} has no network interface {missing[0]} (it has {there})",
+            f"{VARIABLE}={','.join(named)}, but {socket.gethostname()} has no network interface {missing[0]}"
+            f" (it has {', '.join(sorted(set(own.values())))})",
             "Name one that every node has, in site.environment, or leave it unset.",
         )
-    found = "" if named else interface_to(os.environ["MASTER_ADDR"], own)
+    master = os.environ["MASTER_ADDR"]
+    if named or not _loopback(socket.gethostname()):
+        return
+    # the first rank's own name may be a loopback address, too: the others are on the way out, as far as it can know
+    found = own.get("127.0.0.1", "") if master in ("localhost", "127.0.0.1") else interface_to(master) or interface_to(ELSEWHERE)
     if found:
         os.environ[VARIABLE] = found
 
 
-def interface_to(host: str, own: dict[str, str] | None = None) -> str:
-    """The name of the interface by which this node sends to `host`; empty where that cannot be told.
-
-    A name of this very node that resolves to 127.0.1.1 is no way to other nodes: then it is the interface on the way out.
-    `own`: interfaces by address.
-    """
-    own = _interfaces() if own is None else own
-    source = _source(host)
-    if source.startswith("127.") and host not in ("localhost", "127.0.0.1"):
-        source = _source(ELSEWHERE) or source
-    return own.get(source, "")
-
-
-def _source(host: str) -> str:
-    """The address from which this node would send to `host`; nothing is sent."""
+def interface_to(host: str) -> str:
+    """The network interface by which this machine reaches another; empty where that does not resolve, or is this machine."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
-            probe.connect(address)
-            return str(probe.getsockname()[0])
+            probe.connect(address)  # sends nothing
+            source = str(probe.getsockname()[0])
     except OSError:
         return ""
+    return "" if source == address[0] or source.startswith("127.") else _interfaces().get(source, "")
+
+
+def _loopback(host: str) -> bool:
+    """Whether a name stands for a loopback address, or for none."""
+    try:
+        return socket.gethostbyname(host).startswith("127.")
+    except OSError:
+        return True
 
 
 def _interfaces() -> dict[str, str]:
+    """Names of this machine's interfaces by address."""
     import psutil
 
     return {entry.address.partition("%")[0]: name for name, entries in psutil.net_if_addrs().items() for entry in entries}

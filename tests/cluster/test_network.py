@@ -14,6 +14,7 @@ import pytest
 
 from jmt_dist.cluster import network_check, rendezvous
 from jmt_dist.config import Site
+from jmt_dist.train import network
 from tests.cluster.conftest import ROOT
 
 NODES = ("10.77.3.1", "10.77.3.2")
@@ -36,7 +37,7 @@ def test_gloo_gets_an_interface_only_where_it_would_take_a_wrong_one(environment
     addresses = {"me": "127.0.1.1", "n2": "192.0.2.7"}
     environment.setattr(socket, "gethostname", lambda: "me")
     environment.setattr(socket, "gethostbyname", lambda name: addresses[name])
-    environment.setattr(rendezvous, "interface_to", lambda node: {"n2": "ib0"}.get(node, ""))
+    environment.setattr(network, "interface_to", lambda node: {"n2": "ib0"}.get(node, ""))
     assert chosen(["me"]) == "lo"
     assert chosen(["me", "n2"]) == "ib0"  # this name is the loopback address, as on many systems
     addresses["me"] = "192.0.2.6"

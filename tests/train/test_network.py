@@ -25,17 +25,31 @@ def outward() -> tuple[str, str]:
     return name, next(entry.address for entry in psutil.net_if_addrs()[name] if entry.family == socket.AF_INET)
 
 
-def test_the_interface_is_the_one_on_the_way_to_the_first_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert network.interface_to("127.0.0.1") == "lo" == network.interface_to("localhost")
-    assert network.interface_to("no-such-machine.invalid") == ""
-    name, address = outward()
-    assert network.interface_to(address) == name
+def chosen(patch: pytest.MonkeyPatch, own: str, master: str) -> str:
+    """What is chosen on a node whose name stands for the address `own`, and whose first rank is at `master`."""
     resolve = socket.getaddrinfo
-    # a node whose own name stands for the loopback address, as distributions write it into /etc/hosts
-    monkeypatch.setattr(
-        socket, "getaddrinfo", lambda host, *more, **named: resolve("127.0.1.1" if host == "node1" else host, *more, **named)
-    )
-    assert network.interface_to("node1") == name
+    patch.setattr(socket, "gethostname", lambda: "me")
+    patch.setattr(socket, "gethostbyname", lambda name: {"me": own}[name])
+    # the first rank's name, too, stands for a loopback address where it is looked up by itself
+    patch.setattr(socket, "getaddrinfo", lambda host, *more, **named: resolve(own if host == "me" else host, *more, **named))
+    patch.setenv("GLOO_SOCKET_IFNAME", "")
+    patch.setenv("MASTER_ADDR", master)
+    network.choose_interface()
+    return os.environ["GLOO_SOCKET_IFNAME"]
+
+
+def test_gloo_gets_an_interface_where_it_would_listen_at_a_loopback_address_by_itself() -> None:
+    name, address = outward()
+    for own, master, wanted in (
+        ("127.0.1.1", "127.0.0.1", "lo"),  # ranks of one node
+        ("127.0.1.1", "198.51.100.9", name),  # the way to another one's first rank
+        ("127.0.1.1", "me", name),  # this is the first rank: the way out
+        ("127.0.1.1", address, name),
+        (address, "198.51.100.9", ""),  # gloo listens where the name says
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            assert chosen(patch, own, master) == wanted, (own, master)
+    assert network.interface_to("no-such-machine.invalid") == "" == network.interface_to(address)
 
 
 def test_an_interface_that_is_named_stays_and_one_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,6 +67,7 @@ def joined(rank: int, host: str, port: int) -> tuple[str, list[str], float]:
     dist.destroy_process_group()
     del os.environ["GLOO_SOCKET_IFNAME"]
     before = _listening()
+    socket.gethostname = lambda: "localhost"  # as where a system writes its own name beside it
     os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
     ranks.start(torch.device("cpu"))
     total = float(ranks.sum_over_ranks(torch.tensor(1.0 + rank)))
