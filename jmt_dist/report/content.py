@@ -16,6 +16,7 @@ from jmt_dist.evaluate.predict import read_predictions
 from jmt_dist.evaluate.stored import unit_video
 from jmt_dist.evaluate.windows import OutOfFold
 from jmt_dist.report import figures
+from jmt_dist.report.behaviour import behaviour_table
 from jmt_dist.report.page import Content
 from jmt_dist.report.pairs import common_fold, rank_runs, ranking_csv, ranking_table, reference_of, smoothing_gain
 from jmt_dist.report.tables import Table, runs_table, systems_table, table1
@@ -45,6 +46,12 @@ class Gathered:
     smoothing: dict[str, Any] = field(default_factory=dict)
     ranking: str = ""  # as CSV
 
+    def add(self, table: Table | None) -> None:
+        """The next table of the report and of the files beside it."""
+        if table is not None:
+            self.tables.append(table)
+            self.content.parts.append(table)
+
 
 def of_run(run: RunResult, ceilings: Mapping[str, Score] | None, wishes: Wishes) -> Gathered:
     """Everything about one run. Raises UserError for wishes that cannot be met: no such unit or fold."""
@@ -55,15 +62,16 @@ def of_run(run: RunResult, ceilings: Mapping[str, Score] | None, wishes: Wishes)
     content.parts += [*found.tables, ("Folds beside the paper's numbers; lines: 95 % interval", figures.fold_bars(run))]
     for row in run.folds:
         known = ceilings if row.fold == "official" else None
+        if row.score is None:
+            continue
+        systems = {row.model: row.score, **dict(sorted(row.baselines.items(), key=lambda item: -item[1].average))}
         table = systems_table(row, known)
-        if table is not None and row.score is not None:
-            found.tables.append(table)
-            systems = {row.model: row.score, **dict(sorted(row.baselines.items(), key=lambda item: -item[1].average))}
-            content.parts += [table, (f"Systems on fold {row.fold}", figures.system_bars(systems, known))]
+        if table is not None:
+            found.add(table)
+            content.parts.append((f"Systems on fold {row.fold}", figures.system_bars(systems, known)))
+        found.add(behaviour_table(systems, row.fold))
     smoothing = _try(content, "smoothing", partial(_smoothing, run, found.smoothing))
-    if smoothing is not None:
-        found.tables.append(smoothing)
-        content.parts.append(smoothing)
+    found.add(smoothing)
     caption = "Learning curves. The training loss is that of small batches: it is not comparable with the validation score"
     curves = _try(content, "learning curves", partial(figures.learning_curves, run))
     if curves:
@@ -86,12 +94,12 @@ def of_runs(runs: Sequence[RunResult], title: str = "Runs compared", reference: 
     if fold is not None:
         ranks = _try(content, "ranking", lambda: rank_runs(runs, fold, reference=against))
         if ranks is not None:
-            ranking = ranking_table(ranks, fold)
             found.ranking = ranking_csv(ranks, fold)
-            found.tables.append(ranking)
-            content.parts.append(ranking)
+            found.add(ranking_table(ranks, fold))
     elif len(runs) > 1:
         content.omissions.append("ranking: there is no fold of which all runs have predictions")
+    shown = FOLDS.index(fold or FOLDS[0])
+    found.add(behaviour_table({run.name: score for run in runs if (score := run.folds[shown].score) is not None}, FOLDS[shown]))
     systems: dict[str, Score] = {run.name: run.folds[0].score for run in runs if run.folds[0].score is not None}
     if systems:
         content.parts.append(("Official fold: CCC with 95 % intervals", figures.system_bars(systems, None)))
@@ -175,9 +183,7 @@ def _units(run: RunResult, wishes: Wishes, found: Gathered) -> None:
         if figure:
             content.parts.append((caption, figure))
     table = extremes_table(units)
-    if table is not None:
-        found.tables.append(table)
-        content.parts.append(table)
+    found.add(table)
     chosen = choose_units(units, wishes.units)
     notice = _notice(shards, wishes)
     traces = _try(content, "pictures of units", lambda: make_traces(chosen, predictions, shards)) if notice else None

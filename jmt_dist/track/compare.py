@@ -42,6 +42,8 @@ class Score:
     interval: Mapping[str, tuple[float, float]] | None = None
     seeds: int = 1
     spread: Mapping[str, float] = field(default_factory=dict)  # standard deviation over seeds
+    withheld: Mapping[str, float] = field(default_factory=dict)  # average without that modality
+    saturation: Mapping[str, float] = field(default_factory=dict)  # of attention weights, at "start" and "end" of training
 
     def values(self) -> tuple[float, float, float]:
         """(valence, arousal, average)."""
@@ -191,6 +193,8 @@ def _score(values: Mapping[str, Any]) -> Score:
         interval={t: (float(interval[t][0]), float(interval[t][1])) for t in TARGETS} if interval else None,
         seeds=max(1, len(seeds)),
         spread=dict(zip(TARGETS, spread[1], strict=True)) if spread else {},
+        withheld={str(modality): float(part["average"]) for modality, part in (values.get("withheld") or {}).items()},
+        saturation={str(when): float(share) for when, share in (values.get("saturation") or {}).items()},
     )
 
 
