@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -62,7 +63,12 @@ def in_turn(rank: int, place: Path) -> list[tuple[str, str, list[str]]]:
     found = []
     out_of_turn = ["fusion", "features", "evaluate", "visual", "features", "fusion", "audio", "fusion", "features", "evaluate"]
     for stage in (*out_of_turn, "fusion", "evaluate"):
-        error, _ = run(place, "whole", stage)
+        error, log = run(place, "whole", stage)
+        if stage == "visual":  # what it takes is said before it is taken
+            need = (
+                r"visual: [\d.]+ M parameters, \d+ MB with gradients and optimiser; about \d+ MB of activations for 2 .*; 2 steps at most"
+            )
+            assert re.search(need, log), log
         there = sorted({path.relative_to(place / "whole" / "official").parts[0] for path in (place / "whole").rglob("done.json")})
         found.append((stage, error, there))
     error, _ = run(place, "whole", "evaluate", "fusion.optimizer.lr=0.5")

@@ -110,6 +110,8 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path: Path,
     # in the first epoch between saves, in the second, in the last, then to the end in other processes
     found = run_ranks(world, runs, world, (tmp_path / "whole", 0), *((tmp_path / "parts", stop_at) for stop_at in (1, 5, 11)))
     assert all(part == {"stopped": True} for rank in found for part in rank[1:])
+    newest = max(path.name for path in (tmp_path / "parts/checkpoints").glob("step-*"))
+    assert newest == "step-00000011"  # saved in the very step of the request, between two regular saves, on every rank
     whole = found[0][0]["result"]
     parts = run_ranks(world, run, tmp_path / "parts", world, 0)[0]["result"]
     assert parts == whole
