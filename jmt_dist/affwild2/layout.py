@@ -102,7 +102,7 @@ def find_dataset(root: Path) -> Dataset:
     if not labels and not test:
         raise UserError(
             f"no valence-arousal labels are in {root}",
-            "It should hold annotations/VA_Estimation_Challenge/Train_Set and Validation_Set with one .txt per unit.",
+            "It should hold VA_Estimation_Challenge/Train_Set and Validation_Set with one .txt per unit, at most three folders down.",
         )
     media = _media(root, found, problems)
     for missing, what in ((not found.batches, "batch1, batch2, … with the videos"), (not found.crops, "cropped_aligned")):
@@ -117,7 +117,7 @@ def find_dataset(root: Path) -> Dataset:
             )
             split, path = "test", None
         video = video_of(name, media)
-        crops = tuple(folder / name for folder in found.crops if (folder / name).is_dir())
+        crops = _crop_folders(found.crops, name)
         try:
             rows = test[name] if path is None else count_rows(path)
         except UserError as error:  # costs this unit, not the dataset: packing reads the file again and names the unit
@@ -128,6 +128,13 @@ def find_dataset(root: Path) -> Dataset:
                 problems.append(Problem(name, f"has no label rows in {_short(root, path)}", "empty label file"))
         units.append(Unit(name, video, split, path, crops, media.get(video), rows))
     return Dataset(root, _release(root, units), tuple(units), tuple(problems), sample_file)
+
+
+def _crop_folders(folders: list[Path], unit: str) -> tuple[Path, ...]:
+    try:
+        return tuple(folder / unit for folder in folders if (folder / unit).is_dir())
+    except OSError as error:  # may be listed but not entered: every unit would seem to have no crops
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}", "Check the permissions of the folders above it.") from None
 
 
 def video_of(unit: str, media: dict[str, Path]) -> str:

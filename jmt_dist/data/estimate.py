@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from jmt_dist.affwild2.layout import Unit
 from jmt_dist.affwild2.media import FALLBACK_FPS, MediaError, frame_timestamps, median_interval, read_audio
@@ -46,19 +45,18 @@ def _strips(units: Sequence[Unit]) -> tuple[float, float]:
     start, size, count = time.perf_counter(), 0, 0
     for unit in _spread([u for u in units if u.crops and u.rows]):
         samples = samples_of(unit.rows)
-        sources: list[bytes | None] = []
-        for frame in strip_frames(*samples[len(samples) // 2]):
-            path = next((p for p in (folder / f"{frame:05d}.jpg" for folder in unit.crops) if p.is_file()), None)
-            sources.append(_bytes(path))
+        sources = [_crop(unit, frame) for frame in strip_frames(*samples[len(samples) // 2]).tolist()]
         size, count = size + len(make_strip(sources).data), count + 1
     return (size / count, (time.perf_counter() - start) / count) if count else (STRIP_BYTES, 0.01)
 
 
-def _bytes(path: Path | None) -> bytes | None:
-    try:
-        return None if path is None else path.read_bytes()
-    except OSError:
-        return None
+def _crop(unit: Unit, frame: int) -> bytes | None:
+    for folder in unit.crops:
+        try:
+            return (folder / f"{frame:05d}.jpg").read_bytes()
+        except OSError:  # missing, or a folder that may not be read: pass 1 says so
+            continue
+    return None
 
 
 @dataclass

@@ -54,11 +54,11 @@ def pack(options: PackOptions, say: Say = print) -> Packed:
     away, another packing in the folder, or with strict=true the first input error. Anything else wrong in the
     input costs one unit or one modality and stands in the report.
     """
-    if options.dry:
-        survey(options, say)
-        return Packed(None, None)
     out = Path(options.out)
     with disk_errors(out):
+        if options.dry:
+            survey(options, say)
+            return Packed(None, None)
         new = not out.exists()
         claim(out, Path(options.source))
         try:

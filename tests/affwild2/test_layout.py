@@ -85,6 +85,15 @@ def test_two_annotation_folders_are_never_mixed(tmp_path: Path) -> None:
     assert ("", expected) in sentences(dataset)
 
 
+def test_of_several_editions_the_newest_labels_are_read(tmp_path: Path) -> None:
+    for edition, rows in (("6th", 6), ("10th", 10), ("9th", 9)):
+        labels(tmp_path / f"{edition}_ABAW_Annotations/VA_Estimation_Challenge/Train_Set/a.txt", rows)
+    labels(tmp_path / "VA_Estimation_Challenge/Train_Set/a.txt", 3)  # which edition, nobody knows
+    dataset = find_dataset(tmp_path)
+    assert [unit.rows for unit in dataset.units] == [10]
+    assert sum("labels in" in sentence for _, sentence in sentences(dataset)) == 3
+
+
 def test_crops_of_both_folders(tmp_path: Path) -> None:
     for unit in ("a", "b", "c", "d"):
         labels(tmp_path / TRAIN / f"{unit}.txt")
@@ -279,6 +288,25 @@ def test_a_folder_that_may_not_be_listed_is_noted(tmp_path: Path, monkeypatch: p
         find_dataset(tmp_path)
 
 
+@pytest.mark.parametrize("place", ["cropped_aligned", "batch1", "batch1/inner", "annotations/VA_Estimation_Challenge/Train_Set"])
+def test_a_folder_that_is_needed_must_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    """However deep it lies: taken for a folder of no interest, it would hide itself and what comes after it."""
+    root = tmp_path / "Aff-Wild2"
+    labels(root / TRAIN / "a.txt", rows=4)
+    put(root / "batch1/inner/a.mp4")
+    put(root / "cropped_aligned/a/00001.jpg")
+    real = os.scandir
+
+    def guarded(path: Path) -> object:
+        if Path(path) == root / place:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    with pytest.raises(UserError, match=f"{place} cannot be listed: Permission denied"):
+        find_dataset(tmp_path)
+
+
 def test_release_by_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real counts need real files, so a release with this tree's counts is put beside them in the table."""
     labels(tmp_path / TRAIN / "a.txt", rows=4)
@@ -309,7 +337,7 @@ def test_a_label_file_that_is_no_text_costs_one_unit(tmp_path: Path) -> None:
     (folder / "broken.txt").write_bytes(b"\x00\xff\xfe\x00" * 50)
     found = find_dataset(tmp_path)
     assert {unit.name: unit.rows for unit in found.units} == {"broken": 0, "good": 1}
-    assert any(problem.unit == "broken" for problem in found.problems)
+    assert [problem.what for problem in found.problems if problem.unit == "broken"] == ["unreadable label file"]
 
 
 def test_missing_media_and_crops_are_one_note_each(tmp_path: Path) -> None:
@@ -322,6 +350,8 @@ def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no folder") as error:
         find_dataset(tmp_path / "absent")
     assert error.value.remedy
+    with pytest.raises(UserError, match="is a file, not a folder"):
+        find_dataset(put(tmp_path / "file"))
 
 
 def test_nothing_found(tmp_path: Path) -> None:

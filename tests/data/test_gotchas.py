@@ -149,6 +149,8 @@ def test_what_is_left_out_and_why(case: Case) -> None:
         "n" * 81: "its name is too long for a tar: rename it to at most 80 letters and digits",
     }
     assert "Units left out: 5" in case.said and any(line.split()[:1] == ["caf\\udce9"] for line in case.said)
+    rows = [re.match(r"  \S+ +", line) for line in case.report.omission_lines()[1:]]
+    assert {row.end() for row in rows if row} == {2 + 81 + 2} and len(rows) == 6  # one column, whatever the names
     for line in case.said:
         line.encode("utf-8")  # raises where a name's stray bytes are left in it, as a terminal would
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,10 @@ from jmt_dist.data.shards import open_shards
 from jmt_dist.errors import UserError
 
 from .packing import contents, options, quiet
+from .tree import LABELS
 
 ROOT = Path(__file__).parents[2]
+PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2  # of Linux's prctl.h and capability.h
 
 
 def program(*words: str, limit: int = 0) -> subprocess.CompletedProcess[str]:
@@ -118,3 +122,33 @@ def test_a_source_that_goes_away_is_no_dataset_of_missing_crops(
 def test_a_source_that_is_not_there(tmp_path: Path) -> None:
     done = program(f"source={tmp_path / 'nothing'}", f"out={tmp_path / 's'}")
     assert done.returncode == 1 and done.stderr.startswith("pack_shards.py: there is no folder") and not (tmp_path / "s").exists()
+
+
+def without_privilege() -> None:
+    """Root may write anywhere and read anything by these two capabilities; whoever has none of them needs nothing done."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for capability in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH):
+        libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
+
+
+@pytest.mark.slow
+def test_folders_of_others(tree: Path, tmp_path: Path) -> None:
+    """A shard folder that may not be written: one sentence. Crops and labels that may not be read: their units, and no others."""
+    root, out = tmp_path / "tree", tmp_path / "s"
+    shutil.copytree(tree, root)
+    closed = [root / "cropped_aligned" / "d4", root / LABELS / "Train_Set" / "e5.txt"]
+    for path in closed:
+        path.chmod(0)
+    out.mkdir(mode=0o500)
+    command = [sys.executable, ROOT / "shards" / "pack_shards.py", root, out, "samples_per_shard=8", "workers=1"]
+    run = partial(subprocess.run, command, capture_output=True, text=True, timeout=120, preexec_fn=without_privilege)
+    done = run()
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "Check the folder, its permissions" in done.stderr
+    assert not list(out.iterdir())
+    out.chmod(0o700)
+    done = run()
+    for path in closed:
+        path.chmod(0o700)
+    assert done.returncode == 3, done.stderr
+    assert "  d4    cropped_aligned/d4 cannot be read: Permission denied" in done.stdout
+    assert f"  e5    {LABELS}/Train_Set/e5.txt cannot be read: Permission denied" in done.stdout and "left out: 2" in done.stdout

@@ -66,6 +66,20 @@ def test_refusals(what: str, packed: Path, tree: Path, tmp_path: Path, monkeypat
     assert (contents(out) if out.exists() else None) == before
 
 
+def test_the_dataset_is_left_as_it_was_shipped(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tree / "batch1")
+    for out in (tree / "shards", tmp_path / "link" / "shards"):
+        with pytest.raises(UserError, match="lies in the dataset") as error:
+            pack(options(tree, out), quiet)
+        assert error.value.remedy and not out.exists()
+
+
+def test_labels_without_crops_are_no_dataset(tree: Path, tmp_path: Path) -> None:
+    shutil.copytree(tree / "annotations", tmp_path / "annotations")
+    with pytest.raises(UserError, match=r"no unit of .* can be packed; a1: it has no folder of face crops\."):
+        pack(options(tmp_path, tmp_path.with_name(f"{tmp_path.name}-s")), quiet)
+
+
 def test_two_packings_of_one_folder_are_refused(tree: Path, tmp_path: Path) -> None:
     out = tmp_path / "s"
     out.mkdir()
@@ -103,3 +117,19 @@ def test_too_few_videos_for_folds_is_an_error_before_pass_two(tmp_path: Path) ->
     with pytest.raises(UserError, match="3 videos cannot be divided"):
         pack(options(tmp_path / "tree", tmp_path / "s"), quiet)
     assert not list((tmp_path / "s").glob("*.tar"))
+
+
+def test_crops_that_may_not_be_read_stop_no_estimate(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(real: Callable[[Path], Any]) -> Callable[[Path], Any]:
+        def call(path: Path) -> Any:
+            if path.parent.parent.name == "cropped_aligned":
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(path)
+
+        return call
+
+    for name in ("read_bytes", "is_file"):
+        monkeypatch.setattr(Path, name, closed(getattr(Path, name)))
+    said: list[str] = []
+    pack(options(tree, tmp_path / "s", dry=True), said.append)
+    assert any("36 samples; about" in line for line in said)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -86,8 +87,29 @@ def test_unknown_keys_are_refused(packed: Path) -> None:
         assert error.value.remedy
 
 
+def test_a_damaged_sample_is_an_error_with_a_remedy(packed: Path, tmp_path: Path) -> None:
+    shutil.copytree(packed, tmp_path / "s")
+    manifest = open_shards(tmp_path / "s")
+    _, entry, _ = load_sample(manifest, "")
+    tar = tmp_path / "s" / "00000.tar"
+    data = bytearray(tar.read_bytes())
+    at = entry.members[0][1]
+    data[at : at + 2] = b"no"
+    tar.write_bytes(data)
+    with pytest.raises(UserError, match=r"00000\.tar is damaged: strip: no SOI"):
+        load_sample(manifest, "")
+    (tmp_path / "s" / "00000.idx").write_text("v1.2 1\nrubbish\n")
+    with pytest.raises(UserError, match="cannot be read: line 2") as error:
+        load_sample(manifest, "")
+    assert "verify_shards.py" in error.value.remedy
+    tar.unlink()
+    shutil.copy(packed / "00000.idx", tmp_path / "s")
+    with pytest.raises(UserError, match=r"cannot be read: .*00000\.tar"):
+        load_sample(manifest, "")
+
+
 def test_the_program_writes_the_sheet_and_says_where(packed: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "shards" / "show_sample.py"), f"shards={packed}", "key=b%2E2-0000-1"]
+    command = [sys.executable, str(ROOT / "shards" / "show_sample.py"), str(packed), "key=b%2E2-0000-1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and lines[0].startswith("b%2E2-0000-1 in 0") and lines[-1] == "b%2E2-0000-1.png"

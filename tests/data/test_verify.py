@@ -7,17 +7,21 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from jmt_dist.affwild2.layout import Unit
 from jmt_dist.config import VerifyOptions
+from jmt_dist.data.jpeg import Picture, black_entropy, parse
 from jmt_dist.data.sample import Sample, encode_audio
-from jmt_dist.data.strip import make_strip, split
+from jmt_dist.data.strip import decode, join, join_coefficients, make_strip, split
 from jmt_dist.data.tars import ShardWriter, index_text, parse_index, read_entry
 from jmt_dist.data.verify import Defect, Verified, verify
+from jmt_dist.data.verify_source import compare_sample
 
 from .tree import jpeg, picture
 
@@ -165,6 +169,11 @@ def test_damage_to_files_is_named(shards: Path, what: str) -> None:
     assert any(d.file == file and message in d.what for d in defects), defects
 
 
+def test_a_tar_that_is_gone_is_one_defect(shards: Path) -> None:
+    (shards / "00002.tar").unlink()
+    assert [defect.file for defect in check(shards).defects] == ["00002.tar"]  # and not each of its samples
+
+
 def test_a_sample_that_is_there_twice(shards: Path) -> None:
     entries = parse_index((shards / "00001.idx").read_text())
     first = parse_index((shards / "00000.idx").read_text())[0]
@@ -193,6 +202,21 @@ def damage_source(root: Path, what: str) -> None:
         lines = labels.read_text().split("\n")
         lines[5] = "0.123,0.456"
         labels.write_text("\n".join(lines))
+
+
+def test_units_and_rows_are_compared_with_the_source(packed: Path, tree: Path, tmp_path: Path) -> None:
+    root = tmp_path / "tree"
+    shutil.copytree(tree, root)
+    sample = next((root / "test_set_examples").iterdir())
+    sample.write_text(sample.read_text() + "t8/00046.jpg,0,0\n")
+    (root / "annotations/VA_Estimation_Challenge/Train_Set/new.txt").write_text("valence,arousal\n0,0\n")
+    (root / "annotations/VA_Estimation_Challenge/Train_Set/a1.txt").unlink()
+    found = {defect.what for defect in check(packed, str(root)).defects if defect.file == "manifest.json"}
+    assert found == {
+        f"unit t8 has 46 rows in {root}, not 45",
+        f"unit new of {root} is neither packed nor in pack-report.json",
+        f"unit a1 is not in {root}",
+    }
 
 
 AGAINST = {
@@ -247,6 +271,27 @@ def test_modes_1_and_2_against_their_sources(tree: Path, tmp_path: Path, mode: i
     defects = check(out, str(root)).defects
     assert [d.key for d in defects] == ["d4-0000-0"]
     assert ("decoded pixels differ" if mode == 1 else "dB from its sources") in defects[0].what
+
+
+def test_mode_1_is_compared_by_coefficients_not_by_pixels_alone(tmp_path: Path) -> None:
+    """Two blacks that decode alike: libjpeg's, and the one level lower that strips have for missing frames."""
+    black = jpeg(Image.new("RGB", (112, 112)), optimize=True)
+    (tmp_path / "u").mkdir()
+    (tmp_path / "u" / "00001.jpg").write_bytes(black)
+    unit = Unit("u", "u", "test", None, (tmp_path / "u",), None, 1)
+    sources = [black if k == 7 else None for k in range(71)]  # strip frame 7 of phase 0 is source frame 1
+    good = join_coefficients([None if source is None else parse(source)[0] for source in sources])
+    ours = parse(black)[0].header.with_standard_codes()
+    assert list(differences(good, unit)) == []
+    other = join([None if k != 7 else Picture(ours, black_entropy(ours)) for k in range(71)])
+    assert np.array_equal(np.asarray(decode(split(other)[7])), np.asarray(decode(split(good)[7])))
+    assert list(differences(other, unit)) == ["frame 1 (strip frame 7): coefficients differ from the source's"]
+
+
+def differences(strip: bytes, unit: Unit) -> Iterator[str]:
+    present = np.array([k == 7 for k in range(71)], np.uint8)
+    va, ends = np.full((64, 2), np.nan, np.float32), np.full(64, 47_040, np.int32)
+    return compare_sample(Sample(strip, b"", "wav", ends, va, present, np.array([0, 0, 0, 1], np.int32)), unit, 1)
 
 
 def test_the_program_exits_1_on_a_defect_and_ends_with_the_path(shards: Path) -> None:
