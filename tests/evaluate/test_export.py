@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -7,8 +9,12 @@ import torch
 from jmt_dist.config import FusionOptions
 from jmt_dist.errors import UserError
 from jmt_dist.evaluate import export
-from jmt_dist.evaluate.export import export_onnx, parity
+from jmt_dist.evaluate.export import AUDIO, export_onnx, parity, visual_port
+from jmt_dist.model.heads import AudioModel, VisualModel
 from jmt_dist.model.zoo import make_fusion
+from jmt_dist.recipe import load_recipe
+
+PAPER = Path(__file__).parents[2] / "launch" / "recipes" / "paper.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +76,28 @@ def test_a_model_that_cannot_be_exported_gives_one_line(tmp_path):
     with pytest.raises(UserError, match="Branching cannot be exported"):
         export_onnx(Branching(), tmp_path / "x.onnx")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_papers_backbones_give_the_same_numbers(tmp_path):
+    """At the paper's geometry: R(2+1)D-18 on clips of 8 x 224 x 224, ResNet-18 and GRU on eight spectrograms of 64 x 107."""
+    recipe = load_recipe(PAPER, ["visual.weights=none", "audio.weights=none"])
+    torch.manual_seed(9)
+    visual, audio = VisualModel(recipe.visual).backbone, AudioModel(recipe.audio).backbone
+    with torch.no_grad():  # buffers of BatchNorm that have seen something
+        visual.train()(torch.randn(2, 3, 8, 56, 56))
+        audio.train()(torch.randn(2, 8, 64, 107))
+    clips = visual_port(recipe.visual.size)
+    assert clips.inputs == {"clips": (3, 8, 224, 224)}
+    for net, port, shape in ((visual.eval(), clips, (2, 512)), (audio.eval(), AUDIO, (2, 8, 512))):
+        ((name, size),) = port.inputs.items()
+        path = export_onnx(net, tmp_path / f"{name}.onnx", port)
+        value = torch.randn(2, *size)
+        value[1] *= 3  # features of noise are nearly the same for all noise
+        with torch.no_grad():
+            expected = net(value).numpy()
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        got = session.run(["features"], {name: value.numpy()})[0]
+        largest, difference = np.abs(expected).max(), np.abs(got - expected).max()
+        assert got.shape == shape and np.abs(expected[1] - expected[0]).max() > 0.01 * largest
+        assert difference < 1e-4 * min(1, largest), (difference, largest)
