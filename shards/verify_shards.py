@@ -12,7 +12,7 @@ from jmt_dist.program import FAILED, OK, run
 
 def main(words: list[str]) -> int:
     """Verify as the words say."""
-    from jmt_dist.data.verify import verify
+    from jmt_dist.data.verify import remedies, verify
     from jmt_dist.recipe import build, word_layer
 
     options = build(VerifyOptions, [word_layer(word) for word in words])
@@ -21,8 +21,8 @@ def main(words: list[str]) -> int:
         print(f"defect: {defect}")
     compared = f", {verified.compared:,} compared with {options.against}" if options.against else ""
     print(f"{verified.samples:,} samples verified{compared}; {len(verified.defects)} defects")
-    if verified.defects:
-        print("Remove the files named and run pack_shards.py again: only they are made anew.")
+    for line in remedies(verified.defects):
+        print(line)
     print(options.shards)
     return FAILED if verified.defects else OK
 

@@ -92,6 +92,21 @@ def verify(options: VerifyOptions, say: Callable[[str], None] = print) -> Verifi
     return Verified(sum(len(v.keys) for v in verdicts), sum(v.compared for v in verdicts), tuple(defects))
 
 
+def remedies(defects: Sequence[Defect]) -> list[str]:
+    """What to do about defects: a line for each kind of file that is named."""
+    files = {defect.file for defect in defects}
+    folds = sorted({"/".join(file.split("/")[:2]) for file in files if "/" in file})
+    shards = sorted(file for file in files if "/" not in file and file != MANIFEST)
+    lines = []
+    if shards:
+        lines.append("Remove the tars and indexes named and run pack_shards.py again: only they are made anew.")
+    if folds:
+        lines.append(f"Remove the folder {' and '.join(folds)} and run pack_shards.py again with its folds options: no shard is touched.")
+    if MANIFEST in files and not shards:
+        lines.append(f"{MANIFEST} does not fit its shards or the dataset: restore it, or pack into a new folder.")
+    return lines
+
+
 def _whole(manifest: Manifest, verdicts: Sequence[ShardVerdict]) -> list[Defect]:
     """What only all shards together show: samples missing, doubled, or of no unit; files of no shard."""
     found = Counter(key for verdict in verdicts for key in verdict.keys)

@@ -15,14 +15,16 @@ import pytest
 from PIL import Image
 
 from jmt_dist.affwild2.layout import Unit
-from jmt_dist.config import VerifyOptions
+from jmt_dist.config import PackOptions, VerifyOptions
 from jmt_dist.data.jpeg import Picture, black_entropy, parse
+from jmt_dist.data.pack import pack
 from jmt_dist.data.sample import Sample, encode_audio
 from jmt_dist.data.strip import decode, join, join_coefficients, make_strip, split
 from jmt_dist.data.tars import ShardWriter, index_text, parse_index, read_entry
-from jmt_dist.data.verify import Defect, Verified, verify
+from jmt_dist.data.verify import Defect, Verified, remedies, verify
 from jmt_dist.data.verify_source import compare_sample
 
+from .packing import contents
 from .tree import jpeg, picture
 
 ROOT = Path(__file__).parents[2]
@@ -169,6 +171,25 @@ def test_damage_to_files_is_named(shards: Path, what: str) -> None:
     assert any(d.file == file and message in d.what for d in defects), defects
 
 
+def test_what_is_advised_mends_it(shards: Path, packed: Path, tree: Path) -> None:
+    flip(shards / "00002.tar", 5_000)
+    shutil.copy(shards / "00000.idx", shards / "00001.idx")
+    shutil.copy(shards / "00000.tar", shards / "00009.tar")
+    (shards / FOLD / "fold-3/train/00004.idx").unlink()
+    defects = check(shards).defects
+    assert {d.file for d in defects} == {"00002.tar", "00001.idx", "00009.tar", f"{FOLD}/fold-3/train/00004.idx"} | {
+        d.file for d in defects if d.file.startswith(FOLD)
+    }
+    one, other = remedies(defects)
+    assert one.startswith("Remove the tars and indexes named and run") and other.startswith(f"Remove the folder {FOLD} and run")
+    for file in {d.file for d in defects if "/" not in d.file}:
+        (shards / file).unlink()
+    shutil.rmtree(shards / FOLD)
+    pack(PackOptions(source=str(tree), out=str(shards), samples_per_shard=8, workers=1), lambda line: None)
+    assert contents(shards) == contents(packed)
+    assert remedies([]) == [] and "restore it" in remedies([Defect("manifest.json", "", "sample is missing")])[0]
+
+
 def test_a_tar_that_is_gone_is_one_defect(shards: Path) -> None:
     (shards / "00002.tar").unlink()
     assert [defect.file for defect in check(shards).defects] == ["00002.tar"]  # and not each of its samples
@@ -253,9 +274,6 @@ def test_a_crop_that_was_black_although_its_source_is_good(shards: Path, tree: P
 @pytest.mark.parametrize("mode", [1, 2])
 def test_modes_1_and_2_against_their_sources(tree: Path, tmp_path: Path, mode: int) -> None:
     """A unit whose crops cannot be joined by markers: no defect as packed, and one when its source changes."""
-    from jmt_dist.config import PackOptions
-    from jmt_dist.data.pack import pack
-
     root, out = tmp_path / "tree", tmp_path / "s"
     shutil.copytree(tree, root)
     settings = {"optimize": True} if mode == 1 else {"progressive": True}
