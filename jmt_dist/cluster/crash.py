@@ -13,6 +13,7 @@ from pathlib import Path
 from jmt_dist.cluster import attempts, slurm
 from jmt_dist.cluster.job import WARNED
 from jmt_dist.cluster.status import read_json, update_status
+from jmt_dist.errors import UserError
 
 
 def main(words: list[str]) -> int:
@@ -32,7 +33,12 @@ def main(words: list[str]) -> int:
     print(f"{fold}: {verdict.reason or verdict.next}", flush=True)
     if verdict.next != "again":
         return 0
-    if not _is_running(job):
+    try:
+        goes_on = _is_running(job)
+    except UserError as error:
+        update_status(out, fold, state="failed", reason=f"{verdict.reason}; could not be queued again: {error.sentence}")
+        return 1
+    if not goes_on:
         update_status(out, fold, state="stopped", reason=verdict.reason)
         return 0
     update_status(out, fold, state="waiting", reason=verdict.reason)

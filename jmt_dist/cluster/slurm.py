@@ -97,7 +97,10 @@ def submitting() -> Iterator[None]:
             yield
     except (FailedJobError, FailedSubmissionError) as error:
         words = " ".join(str(error).split())
-        raise UserError(f"SLURM refused the job: {words}", "See the site file, and what check_site.py says of it.") from None
+        remedy = "See the site file, and what check_site.py says of it."
+        if "job array specification" in words:
+            remedy = "It may have more tasks than MaxArraySize (scontrol show config): submit fewer variants or folds at a time."
+        raise UserError(f"SLURM refused the job: {words}", remedy) from None
 
 
 def submit_array(array: Array) -> tuple[str, list[str]]:

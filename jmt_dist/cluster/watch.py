@@ -8,8 +8,10 @@ from pathlib import Path
 from jmt_dist.cluster import control, status
 from jmt_dist.cluster.progress import Progress, plain, table
 from jmt_dist.cluster.slurm import Queued
+from jmt_dist.errors import UserError
 from jmt_dist.program import FAILED, OK, OMISSIONS
 
+PATIENCE_SECONDS = 1800.0
 BAD = ("failed", "lost")
 ALIVE = ("running", "waiting", "pending", "configuring", "completing", "requeued", "requeue_hold", "suspended", "resizing")
 
@@ -46,7 +48,7 @@ def show(out: Path, lines: int) -> int:
 
 def watch(out: Path, lines: int, every: float = 5.0) -> int:
     """Show the rows until no job is left, then what failed; 0 all done, 3 some folds are not, 1 none is."""
-    latest = rows(out)
+    latest, heard = rows(out), time.monotonic()
 
     def current() -> list[status.Row]:
         return latest
@@ -55,7 +57,12 @@ def watch(out: Path, lines: int, every: float = 5.0) -> int:
         progress.show(force=True)
         while any(row.state in ALIVE for row in latest):
             time.sleep(every)
-            latest = rows(out)
+            try:
+                latest, heard = rows(out), time.monotonic()
+            except UserError as error:  # a controller that is restarted is away for minutes; the jobs go on meanwhile
+                if time.monotonic() - heard > PATIENCE_SECONDS:
+                    raise
+                progress.say(f"{error.sentence}; asking again")
             progress.show()
     _print_logs(latest, lines)
     done = sum(row.state == "done" for row in latest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -109,8 +110,22 @@ def minicluster(name: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env={**os.environ, **CLUSTER}, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600)
 
 
+def system_files() -> dict[str, float]:
+    """What a SLURM of the machine's own would have: nothing of it may change. Times of last change by path."""
+    roots = [
+        Path("/etc/slurm"),
+        Path("/etc/munge"),
+        Path("/var/lib/slurm"),
+        Path("/var/spool/slurm"),
+        Path("/var/lib/mysql"),
+        Path("/run/munge"),
+    ]
+    return {str(path): path.lstat().st_mtime for root in roots for path in [root, *root.rglob("*")] if path.exists()}
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Path]:
+    installed, before_it = shutil.which("slurmctld"), system_files()
     answer = minicluster("up")
     assert answer.returncode == 0, answer.stderr
     before = os.environ.get("SLURM_CONF")
@@ -123,6 +138,7 @@ def cluster() -> Iterator[Path]:
     assert not Path(CLUSTER["SLURM_MINICLUSTER_DIR"]).exists()
     left = [path.parent.name for path in Path("/proc").glob("[0-9]*/cmdline") if CLUSTER["SLURM_MINICLUSTER_DIR"] in _words(path)]
     assert left == []
+    assert not installed or system_files() == before_it
 
 
 def _words(path: Path) -> str:

@@ -148,12 +148,13 @@ def test_editing_the_checkout_changes_nothing_in_a_queued_job(workplace: Workpla
     with (checkout / "jmt_dist" / "errors.py").open("a") as file:
         file.write("\n# an edit that is not committed\n")
     out = workplace.out()
-    words = [*WORDS, "site.time=00:10:00", "site.extra={hold: ''}", "folds=[official]", "compare=false"]
+    recipe = Path(shutil.copy(workplace.recipe, checkout / "recipe.yaml"))
+    words = [*WORDS, f"recipe={recipe}", "site.time=00:10:00", "site.extra={hold: ''}", "folds=[official]", "compare=false"]
     process = workplace.start(out, *words, home=str(checkout))
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and f"commit {commit[:12]}, with changes" in text, text
     assert json.loads((out / "snapshot.json").read_text())["dirty"] == ["jmt_dist/errors.py"]
-    shutil.rmtree(checkout)  # an edit could not go further
+    shutil.rmtree(checkout)  # an edit of code or recipe could not go further
     subprocess.run(["scontrol", "release", json.loads((out / "jobs.json").read_text())["array"]], check=True)
     wait_for(lambda: (out / "official" / "status.json").exists() and status_of(out) in ("done", "failed"), 90)
     assert status_of(out) == "done"

@@ -239,3 +239,9 @@ def test_every_site_of_the_repository_is_valid() -> None:
 @pytest.mark.parametrize("path", ["slurm/run_fold.sbatch", "slurm/minicluster/up", "slurm/minicluster/down"])
 def test_shell_scripts_parse(path: str) -> None:
     assert subprocess.run(["bash", "-n", path], cwd=ROOT).returncode == 0
+
+
+def test_make_has_the_cluster_up_and_down() -> None:
+    for name in ("up", "down"):
+        answer = subprocess.run(["make", "-n", f"cluster-{name}"], cwd=ROOT, capture_output=True, text=True)
+        assert answer.stdout.splitlines()[-1].strip() == f"slurm/minicluster/{name}", answer.stderr
