@@ -29,14 +29,19 @@ def main(words: list[str]) -> int:
     mine = next((entry for entry in entries if start.matches(entry)), {})
     if mine.get("outcome") == "stopped" and mine.get("reason") == WARNED:
         return 0  # rank 0 has dealt with it: queued again, or failed with its reason
+    trouble, goes_on = "", False
+    try:
+        goes_on = _is_running(job)
+    except UserError as error:
+        trouble = error.sentence
+    if mine.get("outcome") == "stopped" and not goes_on and not trouble:
+        return 0  # cancelled, or SLURM has put it back itself
     verdict = attempts.settle(out, fold, start, int(tasks["tries"]), _reason(code))
     print(f"{fold}: {verdict.reason or verdict.next}", flush=True)
     if verdict.next != "again":
         return 0
-    try:
-        goes_on = _is_running(job)
-    except UserError as error:
-        update_status(out, fold, state="failed", reason=f"{verdict.reason}; could not be queued again: {error.sentence}")
+    if trouble:
+        update_status(out, fold, state="failed", reason=f"{verdict.reason}; could not be queued again: {trouble}")
         return 1
     if not goes_on:
         update_status(out, fold, state="stopped", reason=verdict.reason)
@@ -49,7 +54,10 @@ def main(words: list[str]) -> int:
 
 
 def _is_running(job: str) -> bool:
-    """Whether SLURM means this job to go on: one that was cancelled is completing, and requeue would bring it back."""
+    """Whether SLURM means this job to go on: one that was cancelled is completing, and requeue would bring it back.
+
+    A job in the grace time of its preemption is still running: SLURM starts it again only if it outlives that time.
+    """
     found = slurm.squeue(job).get(job)
     return found is not None and found.state == "RUNNING"
 

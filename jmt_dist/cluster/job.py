@@ -58,6 +58,8 @@ class FoldJob:
                 status.update_status(out, self.fold, state="stopped", reason=reason)
                 if environment.cluster == "slurm" and _WARNING in signals:
                     self._requeue(out, kept[_WARNING])
+                if environment.cluster == "slurm":  # preempted or cancelled: the batch script's last lines ask SLURM which of them
+                    raise RuntimeError(f"stopped after saving: {reason}") from None
             return {"outcome": "stopped", "reason": reason}
         except Exception as error:
             attempts.report_error(out, self.fold, environment.global_rank, error)

@@ -58,6 +58,20 @@ def test_slurm_itself_warns_before_the_time_limit(workplace: Workplace, cluster:
     wait_for(lambda: not any(alive(note["pid"]) for note in starts(out)))
 
 
+def test_a_preempted_fold_saves_in_its_grace_and_goes_on_afterwards(workplace: Workplace, cluster: Path) -> None:
+    out = workplace.out()
+    words = [*WORDS, "site.time=00:10:00", "folds=[official]", "compare=false"]
+    code, text = workplace.submit(out, *words, official={"steps": 60, "seconds": 0.1})
+    assert code == 0, text
+    wait_for(lambda: (out / "official" / "state-0").exists())
+    urgent = ["sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 2"]
+    subprocess.run(urgent, check=True, capture_output=True)
+    wait_for(lambda: status_of(out) in ("done", "failed"), 120)
+    assert attempts_of(out, "official") == [("stopped", "asked to end (SIGTERM)"), ("done", "")]
+    begins = [note["from"] for note in starts(out) if "from" in note]
+    assert begins[0] == 0 < begins[1] < 60 and len(begins) == 2
+
+
 def test_a_cancelled_array_stays_cancelled(workplace: Workplace, cluster: Path) -> None:
     out = workplace.out()
     code, text = workplace.submit(out, *WORDS, "site.time=00:10:00", "site.parallel=1", "folds=[official,fold-1]", star={"steps": 3000})

@@ -18,7 +18,7 @@ from jmt_dist.cluster import control, status
 from jmt_dist.cluster import slurm as slurm_queue
 from jmt_dist.cluster.site import seconds, slurm_parameters
 from jmt_dist.config import Site
-from jmt_dist.errors import UsageError
+from jmt_dist.errors import UsageError, UserError
 from tests.cluster import fakeslurm
 from tests.cluster.conftest import ROOT, Workplace, alive, attempts_of, starts
 from tests.cluster.test_local import wait_for
@@ -186,6 +186,13 @@ def test_a_folder_with_live_jobs_is_not_submitted_again_until_they_are_cancelled
 def test_slurms_refusal_is_one_line(workplace: Workplace, slurm: Path) -> None:
     code, text = workplace.submit(workplace.out(), *SLURM, "site.partition=nowhere")
     assert code == 1 and "SLURM refused the job: sbatch: error: invalid partition specified: nowhere" in text.splitlines()[-1]
+
+
+def test_too_many_tasks_for_an_array_name_the_limit(slurm: Path) -> None:
+    from submitit.core.utils import FailedJobError
+
+    with pytest.raises(UserError, match="MaxArraySize"), slurm_queue.submitting():
+        raise FailedJobError("sbatch: error: Batch job submission failed: Invalid job array specification")
 
 
 def test_a_job_that_slurm_has_lost_shows_as_lost(workplace: Workplace, slurm: Path) -> None:
