@@ -185,6 +185,9 @@ def _prepare_unit(unit: Unit, media: Media, folder: Path, people: int) -> UnitRe
     except OSError as error:
         crops, reason = np.zeros(rows, np.uint8), f"{error.filename} cannot be read: {error.strerror}"
         error_text = _unless_test(unit, reason, note)
+    else:
+        if unit.crops and rows and not error_text and not crops.any():  # black from end to end would teach its labels all the same
+            error_text = _unless_test(unit, "its folder of face crops holds none of its frames", note)
     name = escape(unit.name)
     np.save(folder / f"{name}.va.npy", va)
     np.save(folder / f"{name}.crops.npy", crops)

@@ -31,6 +31,9 @@ def test_units_that_cannot_be_packed_are_left_out_and_test_units_never(tree: Pat
     shutil.rmtree(root / "cropped_aligned" / "t8")
     (root / "batch1" / "t8.avi").write_bytes(b"rubbish")
     made.write_unit(root, "long", 60, 9)
+    made.write_unit(root, "empty", 12, 10, crops=False)
+    (root / "cropped_aligned" / "empty").mkdir()
+    (root / "cropped_aligned" / "empty" / "00013.jpg").write_bytes(b"")  # past the end
     made.write_video(root / "batch1" / "long.avi", 50, 30, made.sound(9, 2))
     bad = root / made.LABELS / "Train_Set" / "e5.txt"
     bad.write_text(bad.read_text().replace("\n0", "\nzero", 1))
@@ -38,11 +41,12 @@ def test_units_that_cannot_be_packed_are_left_out_and_test_units_never(tree: Pat
     assert report is not None
     assert report.omitted["d4"] == "it has no folder of face crops"
     assert report.omitted["long"] == "60 rows, but the video has 50 frames"
-    assert "e5.txt is not `valence,arousal`" in report.omitted["e5"] and len(report.omitted) == 3
+    assert report.omitted["empty"] == "its folder of face crops holds none of its frames"
+    assert "e5.txt is not `valence,arousal`" in report.omitted["e5"] and len(report.omitted) == 4
     found = {text: s for text, s in samples(out).items() if text.startswith("t8")}
     assert len(found) == 4 and not any(s.present.any() or decode_audio(s.audio, "wav").any() for s in found.values())
     text = (out / "pack-report.txt").read_text()
-    assert "Units left out: 3" in text and re.search(r"test unit kept in spite of an error +1 ", text)
+    assert "Units left out: 4" in text and re.search(r"test unit kept in spite of an error +1 ", text)
     with pytest.raises(UserError, match=r"t8\.avi cannot be read"):
         pack(options(root, tmp_path / "strict", strict=True), quiet)
     shutil.copy(tree / "batch1" / "t8.avi", root / "batch1" / "t8.avi")
