@@ -23,10 +23,10 @@ from jmt_dist.model.zoo_temporal import TemporalConvolution
 
 
 class Unimodal(FusionModel):
-    """One modality alone: a transformer encoder (usual softmax attention) over its clips, then the regression head.
+    """One modality alone: y = head(encoder(F)), a transformer encoder (usual softmax attention) over its clips.
 
     The fair floor for every fusion: it gets the temporal context and the head that JMT gets, and nothing of the other
-    modality, whose features are not read (they may be NaN). The paper has no such row.
+    modality, whose features are not read (they may be NaN). Source: none, since the paper has no such row; all is open.
     """
 
     def __init__(self, modality: Literal["audio", "visual"]) -> None:
@@ -80,8 +80,8 @@ class Vanilla(JMT):
     """The vanilla multimodal transformer: JMT without the joint stream and with the usual attention.
 
     Two encoders, A(v ← a) and A(a ← v) with softmax(Q Kᵀ / √d) V (as Tran et al., the paper's [22]), outputs
-    concatenated, regression head. The authors' public code runs this baseline's attention across the batch; here it
-    runs across time.
+    concatenated, regression head. Depth, norms and feed-forward layers are open: JMT's own. The authors' public code
+    runs this baseline's attention across the batch; here it runs across time.
     """
 
     def __init__(self) -> None:

@@ -95,3 +95,58 @@ def jca(p: Parameters, audio: np.ndarray, visual: np.ndarray) -> np.ndarray:
         hidden = relu(p[f"{name}.own"] @ x.T + p[f"{name}.correlation"] @ correlation.T)  # [32, 512]
         attended.append(p[f"{name}.back"].T @ hidden + x.T)
     return targets(p, "head.targets", relu(linear(p, "head.joint.0", np.concatenate(attended, -1))))
+
+
+def lstm(p: Parameters, name: str, x: np.ndarray, layers: int) -> np.ndarray:
+    """One sample [L, d] → [L, hidden]: Hochreiter and Schmidhuber's cell with a forget gate, gates in torch's order i, f, g, o."""
+    for layer in range(layers):
+        w, u = p[f"{name}.weight_ih_l{layer}"], p[f"{name}.weight_hh_l{layer}"]
+        bias = p[f"{name}.bias_ih_l{layer}"] + p[f"{name}.bias_hh_l{layer}"]
+        h = c = np.zeros(u.shape[1])
+        outputs = []
+        for row in x:
+            i, f, g, o = np.split(w @ row + u @ h + bias, 4)
+            i, f, o = (1 / (1 + np.exp(-gate)) for gate in (i, f, o))
+            c = f * c + i * np.tanh(g)
+            h = o * np.tanh(c)
+            outputs.append(h)
+        x = np.stack(outputs)
+    return x
+
+
+def tcn(p: Parameters, name: str, x: np.ndarray) -> np.ndarray:
+    """One sample [L, d] → [L, out]: two residual blocks, dilations 1 and 2, of two causal convolutions of three taps each."""
+
+    def convolve(part: str, x: np.ndarray, dilation: int) -> np.ndarray:
+        weight, rows = p[f"{part}.convolution.weight"], []
+        for t in range(len(x)):
+            row = p[f"{part}.convolution.bias"].copy()
+            for tap in range(3):
+                past = t - (2 - tap) * dilation
+                if past >= 0:
+                    row += weight[:, :, tap] @ x[past]
+            rows.append(row)
+        return relu(norm(p, f"{part}.norm", np.stack(rows)))
+
+    for block, dilation in enumerate((1, 2)):
+        beside = linear(p, f"{name}.shortcut", x) if block == 0 else x
+        x = relu(beside + convolve(f"{name}.second.{block}", convolve(f"{name}.first.{block}", x, dilation), dilation))
+    return x
+
+
+def others(p: Parameters, model: str, audio: np.ndarray, visual: np.ndarray) -> np.ndarray:
+    """The systems of one line each, as their docstrings write them; one sample [L, 512] × 2 → [L, 2]."""
+    usual = JmtOptions(score="softmax", rows="query", scale="sqrt", heads=1 if model in ("audio", "visual") else 4)
+    every, both = np.ones(len(audio), dtype=bool), np.concatenate((audio, visual), -1)
+    if model in ("audio", "visual"):
+        h = encoder_layer(p, "encoder.layers.0", usual, audio if model == "audio" else visual, every)
+    elif model == "concat":
+        h = relu(linear(p, "reduce", both))
+    elif model == "lstm":
+        h = lstm(p, "network", both, 2)
+    elif model == "selfattn_lstm":
+        h = lstm(p, "network", encoder_layer(p, "encoder", usual, linear(p, "reduce", both), every), 1)
+    else:
+        joined = np.concatenate((tcn(p, "audio", audio), tcn(p, "visual", visual)), -1)
+        h = encoder_layer(p, "encoder.layers.0", usual, linear(p, "reduce", joined), every)
+    return targets(p, "head.targets", relu(linear(p, "head.joint.0", h)))

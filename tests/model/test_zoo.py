@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -144,6 +146,24 @@ def test_jca_equals_numpy() -> None:
         found = model(audio, visual).numpy()
     for i in range(2):
         assert np.abs(found[i] - reference.jca(parameters, audio[i].numpy(), visual[i].numpy())).max() < 1e-9
+
+
+@pytest.mark.parametrize("name", ["audio", "visual", "concat", "lstm", "selfattn_lstm", "tcn"])
+def test_the_others_equal_numpy(name: str) -> None:
+    model = build(name).double().eval()
+    audio, visual = inputs(1, torch.float64)
+    parameters = {key: value.numpy() for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        found = model(audio, visual)[0].numpy()
+    assert np.abs(found - reference.others(parameters, name, audio[0].numpy(), visual[0].numpy())).max() < 1e-9
+
+
+@pytest.mark.parametrize("name", FUSION_MODELS)
+def test_every_system_says_where_it_comes_from_and_what_that_leaves_open(name: str) -> None:
+    said = type(make_fusion(FusionOptions(), name)).__doc__ or ""
+    assert re.search(r"(19|20)\d\d|[Pp]aper|[Ss]ource", said), "no source"
+    assert re.search(r"open|no such row|nowhere|here the|this takes|only as", said), "nothing on what it leaves open"
+    assert re.search(r"=|softmax|equation|encoder \(", said), "no equation"
 
 
 def test_jca_says_that_its_length_is_fixed() -> None:
