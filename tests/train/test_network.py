@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -93,7 +94,7 @@ def agreed(rank: int) -> list[object]:
     original = {name: getattr(dist, name) for name in ("all_reduce", "broadcast_object_list", "all_gather_object", "barrier")}
 
     def watched(name: str) -> object:
-        def call(*arguments: object, group: object = None, **named: object) -> object:
+        def call(*arguments: Any, group: Any = None, **named: Any) -> Any:
             calls.append((name, group is not None and group is not world and dist.get_backend(group)))
             return original[name](*arguments, group=group, **named)
 
