@@ -8,37 +8,10 @@ from pathlib import Path
 import pytest
 
 from jmt_dist.affwild2 import release
-from jmt_dist.affwild2.layout import Dataset, Unit, find_dataset
+from jmt_dist.affwild2.layout import find_dataset
 from jmt_dist.affwild2.release import Counts
-from jmt_dist.errors import UserError
 
-TRAIN = "annotations/VA_Estimation_Challenge/Train_Set"
-VALIDATION = "annotations/VA_Estimation_Challenge/Validation_Set"
-TEST_LIST = "names_of_videos_in_each_test_set/Valence_Arousal_Estimation_Challenge_test_set_release.txt"
-SAMPLE = "test_set_examples/CVPR_6th_ABAW_VA_test_set_example.txt"
-
-
-def put(path: Path, text: str = "") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    return path
-
-
-def labels(path: Path, rows: int = 3) -> Path:
-    return put(path, "valence,arousal\n" + "0.1,0.2\n" * rows)
-
-
-def sample(path: Path, **rows: int) -> Path:
-    lines = [f"{unit}/{i:05d}.jpg,," for unit, count in rows.items() for i in range(1, count + 1)]
-    return put(path, "\n".join(["image_location,valence,arousal", *lines]) + "\n")
-
-
-def by_name(dataset: Dataset) -> dict[str, Unit]:
-    return {unit.name: unit for unit in dataset.units}
-
-
-def sentences(dataset: Dataset) -> list[tuple[str, str]]:
-    return [(problem.unit, problem.sentence) for problem in dataset.problems]
+from .laid import SAMPLE, TEST_LIST, TRAIN, VALIDATION, by_name, labels, put, sample, sentences
 
 
 @pytest.mark.parametrize(
@@ -267,46 +240,6 @@ def test_order_does_not_depend_on_the_file_system(tmp_path: Path, monkeypatch: p
     assert [u.name for u in straight.units] == ["1-30-1x1", "10", "9", "video2"]
 
 
-def test_a_folder_that_may_not_be_listed_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lost+found of a mounted disk belongs to root; the root of the dataset itself must be readable."""
-    labels(tmp_path / TRAIN / "a.txt", rows=4)
-    (tmp_path / "lost+found").mkdir()
-    real = os.scandir
-
-    def guarded(path: Path) -> object:
-        if Path(path).name in ("lost+found", forbidden):
-            raise PermissionError(13, "Permission denied", str(path))
-        return real(path)
-
-    forbidden = ""
-    monkeypatch.setattr(os, "scandir", guarded)
-    dataset = find_dataset(tmp_path)
-    assert [u.name for u in dataset.units] == ["a"]
-    assert any(p.what == "folder that cannot be listed" and "lost+found" in p.sentence for p in dataset.problems)
-    forbidden = tmp_path.name
-    with pytest.raises(UserError, match="cannot be listed: Permission denied"):
-        find_dataset(tmp_path)
-
-
-@pytest.mark.parametrize("place", ["cropped_aligned", "batch1", "batch1/inner", "annotations/VA_Estimation_Challenge/Train_Set"])
-def test_a_folder_that_is_needed_must_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
-    """However deep it lies: taken for a folder of no interest, it would hide itself and what comes after it."""
-    root = tmp_path / "Aff-Wild2"
-    labels(root / TRAIN / "a.txt", rows=4)
-    put(root / "batch1/inner/a.mp4")
-    put(root / "cropped_aligned/a/00001.jpg")
-    real = os.scandir
-
-    def guarded(path: Path) -> object:
-        if Path(path) == root / place:
-            raise PermissionError(13, "Permission denied", str(path))
-        return real(path)
-
-    monkeypatch.setattr(os, "scandir", guarded)
-    with pytest.raises(UserError, match=f"{place} cannot be listed: Permission denied"):
-        find_dataset(tmp_path)
-
-
 def test_release_by_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real counts need real files, so a release with this tree's counts is put beside them in the table."""
     labels(tmp_path / TRAIN / "a.txt", rows=4)
@@ -321,42 +254,3 @@ def test_release_by_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert find_dataset(tmp_path).release.startswith("unknown")
     put(tmp_path / "fixture.json", "{}")
     assert find_dataset(tmp_path).release == "fixture"
-
-
-def test_an_empty_label_file_is_noted(tmp_path: Path) -> None:
-    labels(tmp_path / TRAIN / "a.txt", rows=0)
-    dataset = find_dataset(tmp_path)
-    assert by_name(dataset)["a"].rows == 0
-    assert [unit for unit, _ in sentences(dataset) if unit] == ["a"]
-
-
-def test_a_label_file_that_is_no_text_costs_one_unit(tmp_path: Path) -> None:
-    folder = tmp_path / "annotations" / "VA_Estimation_Challenge" / "Train_Set"
-    folder.mkdir(parents=True)
-    (folder / "good.txt").write_text("valence,arousal\n0.1,0.2\n")
-    (folder / "broken.txt").write_bytes(b"\x00\xff\xfe\x00" * 50)
-    found = find_dataset(tmp_path)
-    assert {unit.name: unit.rows for unit in found.units} == {"broken": 0, "good": 1}
-    assert [problem.what for problem in found.problems if problem.unit == "broken"] == ["unreadable label file"]
-
-
-def test_missing_media_and_crops_are_one_note_each(tmp_path: Path) -> None:
-    for unit in "abc":
-        labels(tmp_path / TRAIN / f"{unit}.txt")
-    assert [unit for unit, _ in sentences(find_dataset(tmp_path))] == ["", ""]
-
-
-def test_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no folder") as error:
-        find_dataset(tmp_path / "absent")
-    assert error.value.remedy
-    with pytest.raises(UserError, match="is a file, not a folder"):
-        find_dataset(put(tmp_path / "file"))
-
-
-def test_nothing_found(tmp_path: Path) -> None:
-    put(tmp_path / "batch1/a.mp4")
-    put(tmp_path / "notes/train/readme.md")
-    with pytest.raises(UserError, match="no valence-arousal labels") as error:
-        find_dataset(tmp_path)
-    assert "VA_Estimation_Challenge" in error.value.remedy
