@@ -31,15 +31,21 @@ SITE = (
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards, features of the six folds in `template`, and Table 1 of an undisturbed run."""
+    """Shards, and features of the six folds in `template`."""
     folder = tmp_path_factory.mktemp("micro")
     words = [*micro.WORDS, f"data.shards={micro.write_shards(folder)}"]
     micro.write_features(folder / "template", load_recipe(None, words))
-    shutil.copytree(folder / "template", folder / "undisturbed")
-    run_ranks(2, micro.undisturbed, words, folder / "undisturbed")
     (folder / "site.yaml").write_text(SITE)
     (folder / "recipe.yaml").write_text("name: micro\n")
     return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place: Path) -> Path:
+    """A run folder of six folds that were left alone."""
+    shutil.copytree(place / "template", place / "undisturbed")
+    run_ranks(2, micro.undisturbed, [*micro.WORDS, f"data.shards={place / 'shards'}"], place / "undisturbed")
+    return place / "undisturbed"
 
 
 def status(out: Path, fold: str) -> dict[str, Any]:
@@ -86,7 +92,7 @@ def bring_back(name: str) -> None:
     (home / "pid" / f"slurmd-{name}").write_text(f"{process.pid}\n")
 
 
-def test_six_folds_disturbed_end_as_six_undisturbed_ones(place: Path, cluster: Path) -> None:
+def test_six_folds_disturbed_end_as_six_undisturbed_ones(place: Path, undisturbed: Path, cluster: Path) -> None:
     out = place / "runs" / "disturbed"
     shutil.copytree(place / "template", out)
     words = [
@@ -108,12 +114,10 @@ def test_six_folds_disturbed_end_as_six_undisturbed_ones(place: Path, cluster: P
     bring_back("n2")
     wait_for(lambda: (out / "table1.csv").is_file(), 400)
 
-    assert (out / "table1.csv").read_text() == table1_csv(read_run(place / "undisturbed"))
+    assert (out / "table1.csv").read_text() == table1_csv(read_run(undisturbed))
     assert "nan" not in (out / "table1.csv").read_text()
     for fold in micro.FOLDS:
-        assert json.loads((out / fold / "metrics.json").read_text()) == json.loads(
-            (place / "undisturbed" / fold / "metrics.json").read_text()
-        )
+        assert json.loads((out / fold / "metrics.json").read_text()) == json.loads((undisturbed / fold / "metrics.json").read_text())
     outcomes = {fold: attempts_of(out, fold) for fold in micro.FOLDS}
     print(requeued, orphaned, killed, outcomes)
     assert all(found[-1] == ("done", "") for found in outcomes.values())
