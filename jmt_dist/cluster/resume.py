@@ -24,9 +24,9 @@ def resume(out: Path, wait: bool = False) -> int:
         print(f"share={folder} is no longer there: stages that were not linked from it yet are done here")
     share = [folder for folder in share if Path(folder).is_dir()]
     if not runs:
-        files = {"recipe": str(out / "recipe.yaml"), "site": str(out / "site.yaml")}
-        options = SubmitOptions(**files, out=str(out), folds=folds, share=share, wait=wait)
-        return submit.submit(options, load_recipe(options.recipe), load_site(options.site))
+        recipe, place = str(out / "recipe.yaml"), str(out / "site.yaml")
+        options = SubmitOptions(recipe=recipe, site=place, out=str(out), folds=folds, share=share, wait=wait)
+        return submit.submit(options, load_recipe(recipe), load_site(place))
     site = load_site(out / "site.yaml")
     recipes = {name: load_recipe(out / name / "recipe.yaml") for name in runs}
     again = SweepOptions(sweep="", site="", out=str(out), folds=folds, share=share, wait=wait)
