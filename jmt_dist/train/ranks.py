@@ -113,6 +113,7 @@ def apart(work: Callable[[Callable[[], None]], None] | None, moved: Callable[[st
             moved(f"waiting for rank{'s' * (len(workers) > 1)} {', '.join(map(str, workers))}")
         time.sleep(pause)
         pause = min(0.5, 2 * pause)
+    barrier()  # the first rank holds the store, and may be about to end
 
 
 class _Sign:
