@@ -88,6 +88,7 @@ def require_same(manifest: Manifest, made: Sequence[ShardResult]) -> None:
     for name in other:
         (manifest.folder / name).unlink(missing_ok=True)
     if other:
+        (manifest.folder / WORK / PLAN).unlink(missing_ok=True)  # it tells of files whose shards are gone: the files of then may come back
         raise UserError(
             f"{manifest.folder / other[0]}, made again, is not what it was: the dataset or a library has changed since",
             f"Put the dataset back as it was, or remove {manifest.folder} and pack anew.",

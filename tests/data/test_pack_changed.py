@@ -95,3 +95,21 @@ def test_a_lost_shard_is_not_made_of_other_files(packed: Path, tree: Path, tmp_p
     crop.write_bytes(good)
     pack(options(root, out), quiet)
     assert (out / "00001.tar").read_bytes() == (packed / "00001.tar").read_bytes()
+
+
+def test_a_lost_shard_is_made_again_once_the_dataset_is_back(packed: Path, tree: Path, tmp_path: Path) -> None:
+    """What a refused run found in other files, which it wrote down, does not speak against the files of then."""
+    root, out = tmp_path / "tree", tmp_path / "s"
+    shutil.copytree(tree, root)
+    shutil.copytree(packed, out)
+    report = json.loads((out / "pack-report.json").read_text())
+    (out / "pack-report.json").write_text(json.dumps({**report, "source": str(root)}))
+    for tar in out.glob("*.tar"):
+        tar.unlink()
+    made.write_video(root / "batch1" / "d4.avi", 48, 30, made.sound(4, 1.0))  # same rows, other sound
+    with pytest.raises(UserError, match="made again, is not what it was") as error:
+        pack(options(root, out), quiet)
+    assert error.value.remedy.startswith("Put the dataset back as it was")
+    shutil.copy2(tree / "batch1" / "d4.avi", root / "batch1" / "d4.avi")
+    pack(options(root, out), quiet)
+    assert all((out / tar.name).read_bytes() == tar.read_bytes() for tar in packed.glob("*.tar"))
