@@ -22,7 +22,7 @@ from jmt_dist.report.pairs import common_fold, rank_runs, ranking_csv, ranking_t
 from jmt_dist.report.tables import Table, runs_table, systems_table, table1
 from jmt_dist.report.traces import NOTICE, RENDERED, choose_units, make_traces
 from jmt_dist.report.units import UnitResult, extremes_table, fold_predictions, read_material, unit_results
-from jmt_dist.track.compare import FOLDS, RunResult, Score
+from jmt_dist.track.compare import FOLDS, NOT_RUN, RunResult, Score
 
 T = TypeVar("T")
 
@@ -87,7 +87,7 @@ def of_runs(runs: Sequence[RunResult], title: str = "Runs compared", reference: 
     """
     against = reference_of(runs, reference)
     content = Content(title, ", ".join(run.name for run in runs))
-    content.omissions += [f"{run.name}, {row.fold}: {row.reason}" for run in runs for row in run.missing]
+    content.omissions += _lacking(runs)
     found = Gathered(content, [runs_table(runs)])
     content.parts += found.tables
     fold = common_fold(runs) if len(runs) > 1 else None
@@ -104,6 +104,19 @@ def of_runs(runs: Sequence[RunResult], title: str = "Runs compared", reference: 
     if systems:
         content.parts.append(("Official fold: CCC with 95 % intervals", figures.system_bars(systems, None)))
     return found
+
+
+def _lacking(runs: Sequence[RunResult]) -> list[str]:
+    """What runs lack, a line for each run and reason; a fold that none of them has begun was not asked for."""
+    begun = {row.fold for run in runs for row in run.folds if row.reason != NOT_RUN}
+    lines = []
+    for run in runs:
+        folds: dict[str, list[str]] = {}
+        for row in run.missing:
+            if row.fold in begun or not begun:
+                folds.setdefault(row.reason, []).append(row.fold)
+        lines += [f"{run.name}, {', '.join(names)}: {reason}" for reason, names in folds.items()]
+    return lines
 
 
 def _try(content: Content, what: str, make: Callable[[], T]) -> T | None:

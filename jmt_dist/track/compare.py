@@ -20,6 +20,7 @@ from jmt_dist.track.facts import flatten
 
 TARGETS = ("valence", "arousal", "average")
 FOLDS = ("official", "fold-1", "fold-2", "fold-3", "fold-4", "fold-5")
+NOT_RUN = "not run"  # why a fold that was never begun has no scores
 CROSS_VALIDATION = FOLDS[1:]
 # valence, arousal, average as printed in the paper's Table 1
 PAPER_TABLE1: dict[str, tuple[float, float, float]] = {
@@ -116,7 +117,7 @@ def read_fold(out: Path, fold: str) -> FoldResult:
         stage, reason = (str((status or {}).get(key) or "") for key in ("stage", "reason"))
         return FoldResult(fold, reason=" ".join([state, *([f"in {stage}"] if stage else []), *([f"({reason})"] if reason else [])]))
     if metrics is None:
-        return FoldResult(fold, reason="not run" if not (out / fold).exists() else "no metrics.json")
+        return FoldResult(fold, reason=NOT_RUN if not (out / fold).exists() else "no metrics.json")
     found, costs = fold_result(fold, metrics), _read(out / fold / "costs.json") or {}
     return replace(found, costs=costs[found.model]) if isinstance(costs.get(found.model), dict) else found
 
