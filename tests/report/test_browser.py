@@ -106,7 +106,7 @@ def test_report_answers_to_the_mouse(report, tmp_path):
     from playwright.sync_api import sync_playwright
 
     _, path, va, result = report
-    assert result.omissions == []
+    assert [line for line in result.omissions if "not run" not in line] == []
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     assert chromium, "the slow tier installs chromium"
     said, asked = [], []
