@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from jmt_dist.evaluate.bootstrap import interval
 from jmt_dist.evaluate.metric import Scores, scores
 from jmt_dist.evaluate.predict import UnitRows, dense, write_predictions
 from jmt_dist.evaluate.smooth import Filter, smooth
+from jmt_dist.train import stop
 from jmt_dist.train.describe import ms_per_1000_clips, parameters, saturation, trained
 from jmt_dist.train.engine import autocast
 from jmt_dist.train.finetune import finetune_folder, finetune_key, finetuned, read_finetuned
@@ -33,7 +35,10 @@ Rows = dict[str, NDArray[np.float32]]
 
 
 def evaluate(plan: FoldPlan) -> dict[str, Any]:
-    """Score the fold on its validation units; writes predictions and `<fold>/metrics.json`, and returns the metrics on rank 0."""
+    """Score the fold on its validation units; writes predictions and `<fold>/metrics.json`, and returns the metrics on rank 0.
+
+    Raises Stopped, on every rank, where the first is asked to stop before the scores: the next start evaluates anew.
+    """
     folder = plan.folder / "evaluate"
     tuned = [finetune_key(plan, seed) for seed in plan.recipe.fusion.seeds] if plan.recipe.finetune else []
     key = make_key("evaluate", plan.recipe.evaluate.model_dump(), [plan.fusion_key(*pair) for pair in plan.fusions()], *tuned)
@@ -51,12 +56,20 @@ def evaluate(plan: FoldPlan) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
 
     def work(on: Callable[[], None]) -> None:
-        metrics.update(_evaluate(plan, on))
-        write_json(plan.folder / "metrics.json", metrics)
-        write_json(folder / "done.json", {"key": key, "metrics": metrics})
+        def go_on() -> None:
+            on()
+            if stop.requested():
+                raise stop.Stopped
+
+        with contextlib.suppress(stop.Stopped):  # said to all ranks below
+            metrics.update(_evaluate(plan, go_on))
+            write_json(plan.folder / "metrics.json", metrics)
+            write_json(folder / "done.json", {"key": key, "metrics": metrics})
 
     # the trainings of a zoo, test units included, take a CPU longer than a collective may
     apart(work if rank() == 0 else None, lambda place: plan.around.watch.beat(f"evaluate{place and ', '}{place}", alone=not place))
+    if not from_first(bool(metrics)):
+        raise stop.Stopped(stop.requested() or "another rank was asked to stop")
     return metrics
 
 
@@ -86,16 +99,14 @@ def _evaluate(plan: FoldPlan, on: Callable[[], None]) -> dict[str, Any]:
     for model, seed in plan.fusions():
         net = trained(plan, model, seed)
         one = runs.setdefault(model, Runs(parameters(net)))
-        _add(plan, one, model, seed, net, (validation, test), labels)
+        _add(plan, one, model, seed, net, (validation, test), labels, on)
         one.saturation.append(saturation(plan, model, seed, validation))
-        on()
     for seed in plan.recipe.fusion.seeds if plan.recipe.finetune else []:
         name = f"{plan.recipe.fusion.model}-finetuned"
         sets = [read_finetuned(plan, seed, part) if part in plan.parts else None for part in ("validation", "test")]
         assert sets[0] is not None
         net = finetuned(plan, seed).fusion.to(plan.device)
-        _add(plan, runs.setdefault(name, Runs(parameters(net))), name, seed, net, (sets[0], sets[1]), labels)
-        on()
+        _add(plan, runs.setdefault(name, Runs(parameters(net))), name, seed, net, (sets[0], sets[1]), labels, on)
     # apart from the scores: those are the same in every run of a recipe, times are not
     write_json(plan.folder / "costs.json", {model: _cost(plan, one) for model, one in runs.items()})
     main = plan.recipe.fusion.model
@@ -116,18 +127,31 @@ class Runs:
 
 
 def _add(
-    plan: FoldPlan, runs: Runs, name: str, seed: int, net: nn.Module, sets: tuple[FeatureSet, FeatureSet | None], labels: Rows
+    plan: FoldPlan,
+    runs: Runs,
+    name: str,
+    seed: int,
+    net: nn.Module,
+    sets: tuple[FeatureSet, FeatureSet | None],
+    labels: Rows,
+    on: Callable[[], None],
 ) -> None:
-    """Write one training's predictions of validation and test, and keep those of the validation units, withheld modalities too."""
+    """Write one training's predictions of validation and test, and keep those of the validation units, withheld modalities too.
+
+    `on` is called after each of them, and may raise to end the evaluation.
+    """
     folder, (validation, test) = plan.folder / "evaluate" / f"{name}-seed{seed}", sets
     predictions = _predict(plan, net, validation)
     write_predictions(folder / "predictions.parquet", predictions, labels)
+    on()
     if test is not None:
         write_predictions(folder / "test.parquet", _predict(plan, net, test), {})
+        on()
     runs.seeds.append(seed)
     runs.predictions.append(predictions)
     for modality in plan.recipe.evaluate.withhold if name not in MODALITIES else ():
         runs.withheld.setdefault(modality, []).append(_predict(plan, net, validation, modality))
+        on()
     runs.ms = runs.ms or ms_per_1000_clips(net, plan.device)
 
 

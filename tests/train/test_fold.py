@@ -48,6 +48,41 @@ def stopped(rank: int, folder: Path, precision: str) -> str:
     return ""
 
 
+def interrupted(rank: int, folder: Path) -> tuple[str, int, bool]:
+    """Evaluation of a whole fold anew, where the first rank is asked to stop after its first predictions; then to the end.
+
+    Returns why it stopped, how often this rank predicted until then, and whether the scores are as they were.
+    """
+    import torch.distributed as dist
+
+    from jmt_dist.train import score, stop
+
+    metrics = folder / "out" / "official" / "metrics.json"
+    before, predict, calls, reason = json.loads(metrics.read_text()), score._predict, [], ""
+
+    def ask(*arguments: Any) -> Any:
+        calls.append(1)
+        stop.request("test")
+        return predict(*arguments)
+
+    dist.barrier()
+    if rank == 0:
+        metrics.unlink()
+        (folder / "out" / "official" / "evaluate" / "done.json").unlink()
+    dist.barrier()
+    score._predict = ask
+    try:
+        fold(folder, "fp32")
+    except stop.Stopped as error:
+        reason = str(error)
+    assert not metrics.exists()
+    dist.barrier()
+    score._predict = predict
+    stop.clear()
+    fold(folder, "fp32")
+    return reason, len(calls), json.loads(metrics.read_text()) == before
+
+
 def fold(folder: Path, precision: str) -> dict[str, int]:
     from jmt_dist.recipe import load_recipe, load_site
     from jmt_dist.train.fold import run_fold
@@ -99,6 +134,8 @@ def test_a_fold_runs_from_shards_to_metrics_and_is_not_repeated(place: Path, tmp
         assert found.va.shape == (ROWS, 2) and np.isfinite(found.va).all()
         np.testing.assert_array_equal(found.labels, labels(ROWS, k))  # every frame has the label of its own row
     assert json.loads((official / "status.json").read_text())["state"] == "done"
+    if world == 2:
+        assert run_ranks(2, interrupted, tmp_path) == [("test", 1, True), ("another rank was asked to stop", 0, True)]
 
 
 def _the_result_says_what_the_model_is(official: Path, metrics: dict[str, Any]) -> None:
