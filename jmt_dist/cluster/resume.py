@@ -8,6 +8,7 @@ from jmt_dist.cluster import status, submit, sweep
 from jmt_dist.cluster.control import SWEEP, read_jobs, runs_of
 from jmt_dist.cluster.options import SubmitOptions, SweepOptions
 from jmt_dist.cluster.plan import RUN_FOLD
+from jmt_dist.cluster.share import has_folds
 from jmt_dist.recipe import load_recipe, load_site
 
 
@@ -20,14 +21,14 @@ def resume(out: Path, wait: bool = False) -> int:
     jobs = read_jobs(begun[-1] if begun else out)
     folds = [str(fold) for fold in jobs.get("folds", [])]
     share = [str(folder) for folder in jobs.get("share", [])]
-    for folder in (folder for folder in share if not Path(folder).is_dir()):
-        print(f"share={folder} is no longer there: stages that were not linked from it yet are done here")
-    share = [folder for folder in share if Path(folder).is_dir()]
+    left = [folder for folder in share if has_folds(Path(folder), folds)]
+    for folder in (folder for folder in share if folder not in left):
+        print(f"share={folder} is no longer there, or its folds are not: stages that were not linked from it yet are done here")
     if not runs:
         recipe, place = str(out / "recipe.yaml"), str(out / "site.yaml")
-        options = SubmitOptions(recipe=recipe, site=place, out=str(out), folds=folds, share=share, wait=wait)
+        options = SubmitOptions(recipe=recipe, site=place, out=str(out), folds=folds, share=left, wait=wait)
         return submit.submit(options, load_recipe(recipe), load_site(place))
     site = load_site(out / "site.yaml")
     recipes = {name: load_recipe(out / name / "recipe.yaml") for name in runs}
-    again = SweepOptions(sweep="", site="", out=str(out), folds=folds, share=share, wait=wait)
+    again = SweepOptions(sweep="", site="", out=str(out), folds=folds, share=left, wait=wait)
     return sweep.submit_recipes(again, recipes, out, site, RUN_FOLD, sweep.COMPARE)

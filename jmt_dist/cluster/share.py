@@ -21,9 +21,14 @@ DONE = "done.json"
 def check_sources(sources: Sequence[Path], folds: Sequence[str]) -> None:
     """Raise UserError for a source that could share nothing: a slip in its path would cost the hours it should have saved."""
     for folder in sources:
-        if not any((folder / fold).is_dir() for fold in folds):
+        if not has_folds(folder, folds):
             what = "holds none of these folds" if folder.is_dir() else "is no folder"
             raise UserError(f"share={folder} {what}", "Name run folders, as submit_folds.py printed them.")
+
+
+def has_folds(folder: Path, folds: Sequence[str]) -> bool:
+    """Whether a run folder holds one of these folds."""
+    return any((folder / fold).is_dir() for fold in folds)
 
 
 def link_stages(sources: Sequence[Path], out: Path, fold: str) -> list[str]:

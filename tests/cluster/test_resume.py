@@ -39,18 +39,20 @@ def test_stages_shared_at_the_submission_are_shared_by_the_resumption(workplace:
 def test_a_sweep_keeps_them_too_but_not_those_that_are_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    there, gone, out = finished(tmp_path / "there"), tmp_path / "gone", tmp_path / "sweep"
+    there, gone, bare, out = finished(tmp_path / "there"), tmp_path / "gone", tmp_path / "bare", tmp_path / "sweep"
+    bare.mkdir()  # its folds were put elsewhere
     (out / "a").mkdir(parents=True)
     (out / "sweep.json").write_text('{"runs": ["a"], "variants": ["a"]}')
     (out / "site.yaml").write_text("name: here\n")
     (out / "a" / "recipe.yaml").write_text("name: a\n")
-    (out / "a" / "jobs.json").write_text(json.dumps({"folds": ["official"], "share": [str(there), str(gone)]}))
+    (out / "a" / "jobs.json").write_text(json.dumps({"folds": ["official"], "share": [str(there), str(gone), str(bare)]}))
     seen: list[Any] = []
     monkeypatch.setattr(resume.sweep, "submit_recipes", lambda options, recipes, *_: seen.append((options, list(recipes))) or 0)
     assert resume.resume(out) == 0
     options, names = seen[0]
     assert (options.share, options.folds, names) == ([str(there)], ["official"], ["a"])
-    assert f"share={gone} is no longer there" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert all(f"share={folder} is no longer there" in said for folder in (gone, bare)) and f"share={there}" not in said
 
 
 def test_a_source_that_could_share_nothing_is_refused(workplace: Workplace, tmp_path: Path) -> None:
