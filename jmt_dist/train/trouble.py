@@ -14,6 +14,7 @@ from jmt_dist.errors import UserError
 from jmt_dist.train.division import usable_ranks
 from jmt_dist.train.plan import FoldPlan
 from jmt_dist.train.ranks import world
+from jmt_dist.train.results import finished
 from jmt_dist.train.stop import Stopped
 
 MEND = "Restore or make it again (shards/verify_shards.py finds every damaged shard); the same command then goes on where it stopped."
@@ -77,8 +78,10 @@ def damage(plan: FoldPlan) -> UserError | None:
                 found = damage_of(tar, packed[tar.name], reads)
                 if found:
                     return UserError(f"shard {tar} {found}", MEND)
-    for folder in (plan.folder / "features", *sorted(plan.folder.glob("finetune/*/features"))):
-        found = feature_damage(folder, plan.parts) if (folder / "done.json").exists() else ""
+    features = plan.folder / "features"
+    read = [features] * (finished(features, plan.keys.get("features", "")) is not None)  # not those of other settings, still to be replaced
+    for folder in (*read, *(done.parent for done in sorted(plan.folder.glob("finetune/*/features/done.json")))):
+        found = feature_damage(folder, plan.parts)
         if found:
             return UserError(found, AGAIN)
     return None

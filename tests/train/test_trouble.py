@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from jmt_dist.config import PackOptions
 from jmt_dist.data.pack import pack
 from jmt_dist.errors import UserError
+from tests.data.test_features import features, flip, tars, write
 from tests.data.tree import write_unit
 from tests.ranks import run_ranks, start_ranks
 
@@ -238,3 +239,30 @@ def test_a_shard_cut_short_while_it_is_mapped_is_named_and_ends_every_rank(place
     for path, data in kept.items():
         path.write_bytes(data)
     assert run_ranks(2, calm, tmp_path, "out") == ["", ""]
+
+
+def test_damaged_features_are_named_unless_they_are_of_other_settings(tmp_path: Path) -> None:
+    """Of those nothing is read: what has failed has another reason."""
+    from jmt_dist.data.shards import ShardSet
+    from jmt_dist.recipe import load_recipe, load_site
+    from jmt_dist.train.plan import FoldPlan
+    from jmt_dist.train.trouble import damage, explain
+
+    nothing: Any = None
+    parts = {"train": ShardSet((), (), 0, "", "")}
+    plan = FoldPlan(load_recipe(RECIPE), load_site(None), "official", tmp_path, torch.device("cpu"), nothing, parts, nothing)
+    folder = tmp_path / "features"
+    write(folder, features(6, (0,)), 2)
+    (folder / "done.json").write_text(json.dumps({"key": "own"}))
+    plan.keys["features"] = "own"
+    assert damage(plan) is None
+    path = tars(folder)[0]
+    flip(path, 5000)
+    found = damage(plan)
+    assert found is not None and found.sentence == f"{path} is damaged: its bytes are not those that were stored"
+    assert found.remedy.startswith("Run the features stage of this fold again")
+    assert explain(found, plan, "fusion") is found
+    plan.keys["features"] = "other"
+    assert damage(plan) is None
+    del plan.keys["features"]  # in a stage before them
+    assert damage(plan) is None
