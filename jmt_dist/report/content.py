@@ -60,6 +60,7 @@ def of_run(run: RunResult, ceilings: Mapping[str, Score] | None, wishes: Wishes)
     content.omissions += [f"{row.fold}: {row.reason}" for row in run.missing]
     found = Gathered(content, [table1(run)])
     content.parts += [*found.tables, ("Folds beside the paper's numbers; lines: 95 % interval", figures.fold_bars(run))]
+    behaviours: dict[str, Score] = {}
     for row in run.folds:
         known = ceilings if row.fold == "official" else None
         if row.score is None:
@@ -69,7 +70,8 @@ def of_run(run: RunResult, ceilings: Mapping[str, Score] | None, wishes: Wishes)
         if table is not None:
             found.add(table)
             content.parts.append((f"Systems on fold {row.fold}", figures.system_bars(systems, known)))
-        found.add(behaviour_table(systems, row.fold))
+        behaviours.update({f"{row.fold}: {name}": score for name, score in systems.items()})
+    found.add(behaviour_table(behaviours))
     smoothing = _try(content, "smoothing", partial(_smoothing, run, found.smoothing))
     found.add(smoothing)
     caption = "Learning curves. The training loss is that of small batches: it is not comparable with the validation score"

@@ -23,11 +23,12 @@ def test_a_run_and_its_baselines_say_what_they_lose(tmp_path: Path) -> None:
     write(tmp_path, "official", "jmt", withheld=WITHOUT, saturation={"start": 0.831, "end": 0.9}, baselines={"audio": baseline})
     write(tmp_path, "fold-1", "jmt")  # scored before there was such a thing
     found = [table for table in compare_run(tmp_path).tables if table.title.startswith("A missing modality")]
-    assert [table.title for table in found] == ["A missing modality, and attention, on fold official"]
+    assert [table.title for table in found] == ["A missing modality, and attention"]
     assert found[0].columns == ("system", "average", "without audio", "without face", "saturated weights")
     assert found[0].rows == (
-        ("jmt", "0.375", "0.100 (−0.275)", "0.375 (+0.000)", "0.83 → 0.90"),
-        ("audio", "0.500", "–", "–", "0.00 → 0.03"),
+        ("official: jmt", "0.375", "0.100 (−0.275)", "0.375 (+0.000)", "0.83 → 0.90"),
+        ("official: audio", "0.500", "–", "–", "0.00 → 0.03"),
+        ("fold-1: jmt", "0.375", "–", "–", "–"),
     )
     for name in ("table1.md", "table1.tex", "report.html"):
         assert "without face" in (tmp_path / name).read_text(), name
