@@ -75,7 +75,7 @@ def bench(options: FusionRehearsal, out: Path) -> Result:
 
 def _environment(options: FusionRehearsal) -> dict[str, str]:
     paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "benchmarks")])
-    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(options.threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(options.threads)}
 
 
 def _train(folder: Path, batch: int, options: FusionRehearsal) -> dict[str, Any]:
