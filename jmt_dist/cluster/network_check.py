@@ -17,6 +17,7 @@ from jmt_dist.cluster.finding import Finding
 from jmt_dist.config import Site
 
 MEETING_SECONDS = 60
+_OF_SLURM = re.compile(r"(srun|slurmstepd)[\w.-]*: ")  # a node's name follows where several slurmd share a machine
 _INTERFACE = re.compile(r"\b(GLOO_SOCKET_IFNAME|NCCL_SOCKET_IFNAME)=[\"']?([^\s\"';]*)")
 
 
@@ -111,5 +112,5 @@ def _meet(site: Site, nodes: int, folder: Path) -> tuple[bool, str]:
         return False, f"{nodes} nodes did not meet within {4 * MEETING_SECONDS} s"
     if answer.returncode == 0:
         return True, answer.stdout.strip().splitlines()[-1]
-    lines = [line for line in answer.stderr.splitlines() if line.strip() and not line.startswith(("srun:", "slurmstepd:"))]
+    lines = [line for line in answer.stderr.splitlines() if line.strip() and not _OF_SLURM.match(line)]
     return False, lines[-1][:300] if lines else answer.stderr.strip()[-300:]
