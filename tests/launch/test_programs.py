@@ -243,5 +243,5 @@ def test_shell_scripts_parse(path: str) -> None:
 
 def test_make_has_the_cluster_up_and_down() -> None:
     for name in ("up", "down"):
-        answer = subprocess.run(["make", "-n", f"cluster-{name}"], cwd=ROOT, capture_output=True, text=True)
+        answer = subprocess.run(["make", "--no-print-directory", "-n", f"cluster-{name}"], cwd=ROOT, capture_output=True, text=True)
         assert answer.stdout.splitlines()[-1].strip() == f"slurm/minicluster/{name}", answer.stderr
