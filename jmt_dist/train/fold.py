@@ -13,6 +13,7 @@ from jmt_dist.config import STAGES, Recipe, Site
 from jmt_dist.errors import UserError
 from jmt_dist.track import names
 from jmt_dist.track.facts import record_start
+from jmt_dist.track.results import record_results
 from jmt_dist.track.spool import Spool
 from jmt_dist.track.tracker import Tracker, load_run
 from jmt_dist.train import ranks, stop
@@ -158,7 +159,7 @@ def _evaluate(plan: FoldPlan, spool: Spool) -> None:
     if metrics:
         plan.around.status(stage="evaluate", epoch=0, step=1, steps=1, score=metrics["average"])
         spool.metrics(_results(metrics), 0)
-        spool.artifact(plan.folder / "metrics.json")
+        record_results(spool, plan.folder)
 
 
 def _results(metrics: Mapping[str, Any]) -> dict[str, float]:

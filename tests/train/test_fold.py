@@ -14,7 +14,7 @@ from jmt_dist.config import FusionOptions, PackOptions
 from jmt_dist.data.pack import pack
 from jmt_dist.evaluate.predict import read_predictions
 from jmt_dist.model.zoo import make_fusion
-from jmt_dist.track.spool import read_metrics
+from jmt_dist.track.spool import read_metrics, read_records
 from tests.data.tree import labels, write_unit
 from tests.ranks import run_ranks
 
@@ -134,6 +134,10 @@ def test_a_fold_runs_from_shards_to_metrics_and_is_not_repeated(place: Path, tmp
         assert found.va.shape == (ROWS, 2) and np.isfinite(found.va).all()
         np.testing.assert_array_equal(found.labels, labels(ROWS, k))  # every frame has the label of its own row
     assert json.loads((official / "status.json").read_text())["state"] == "done"
+    sent = {record["a"] for _, record in read_records(official / "spool") if record and "a" in record}
+    assert {"metrics.json", "figures/learning-curves.png", "figures/predictions.png", "fusion/jmt-seed0/done.json"} <= sent
+    assert {f"evaluate/{name}-seed0/predictions.parquet" for name in ("jmt", "visual")} <= sent
+    assert all((official / name).is_file() for name in sent)
     if world == 2:
         assert run_ranks(2, interrupted, tmp_path) == [("test", 1, True), ("another rank was asked to stop", 0, True)]
 
