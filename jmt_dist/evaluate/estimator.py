@@ -101,7 +101,8 @@ class Estimator:
             idents.append((0, m, p, 0))
             if progress:
                 progress(done, total)
-        rows = dense(np.stack(values), np.array(idents), range(OFFSETS), [UnitRows(0, "material", material.rows)])
+        units = [UnitRows(0, "material", material.rows)]
+        rows = dense(np.stack(values), np.array(idents), range(OFFSETS), units, self.source.recipe.label)
         return np.clip(rows["material"], -1, 1)
 
 

@@ -167,12 +167,13 @@ def _fill(estimator: Estimator, folder: Path, onnx: bool) -> dict[str, float | N
         for name, port in ports.items():
             export_onnx(networks[name], folder / f"{name}.onnx", port, notes)
             differences[f"{name}.onnx"] = parity(networks[name], folder / f"{name}.onnx", port, (1, 2, 5))
+    frame = {"end": "end frame", "middle": "fifth frame of eight"}[source.recipe.label]
     description = {
         "version": VERSION,
         "package": f"jmt-dist {importlib.metadata.version('jmt-dist')}",
         "pipeline": {**who, "size": size},
         "inputs": describe_inputs(size),
-        "outputs": {"visual.onnx, audio.onnx": "features [512] of a clip", "fusion.onnx": "valence, arousal of a clip's end frame"},
+        "outputs": {"visual.onnx, audio.onnx": "features [512] of a clip", "fusion.onnx": f"valence, arousal of a clip's {frame}"},
         "metrics": source.metrics,
         "onnx_differences": differences,
         "licence": LICENCE,

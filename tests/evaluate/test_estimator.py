@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -174,6 +175,23 @@ def damaged(folder):
     (folder / "model.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         load_estimator(folder)
+
+
+def test_a_recipe_of_middle_labels_predicts_their_frames(place, monkeypatch):
+    """Every clip is said to be worth its end frame's number: with middle labels frame f gets that of the clip that ends at f + 12."""
+    estimator = Estimator(run_source(place[0] / "run")).to("cpu")
+    material = read_material(place[0] / "tree" / "cropped_aligned" / "v1", None)
+    for label, later in (("end", 0), ("middle", 12)):
+        phases = iter(range(4))  # of the only segment
+
+        def end_frames(self, strip, mel, phases=phases):
+            ends = 1 + next(phases) + 4 * (np.arange(8)[:, None] + 8 * np.arange(8))  # [q, j]
+            return torch.tensor(np.repeat(ends[..., None] / 1000, 2, axis=2))
+
+        monkeypatch.setattr(Estimator, "sample", end_frames)
+        estimator.source = replace(estimator.source, recipe=estimator.source.recipe.model_copy(update={"label": label}))
+        got = estimator.predict(material)
+        np.testing.assert_allclose(1000 * got[:, 0], np.arange(1, len(got) + 1) + later, atol=1e-3)
 
 
 def test_what_cannot_be_exported_or_loaded_is_said(place, tmp_path):
