@@ -99,14 +99,20 @@ def _result(client: Any, run: Any, scratch: Path) -> RunResult:
 
 
 def _fetch_fold(client: Any, run: Any, child: Any, fold: str, folder: Path) -> None:
-    """A fold's metrics.json and predictions; without the file, its scores as metrics, of its own run or of the experiment's."""
+    """A fold's metrics.json and predictions; without the file, its scores as metrics, of its own run or of the experiment's.
+
+    What an earlier comparison fetched may be of a fold that has gone on since: only predictions of the same metrics stay.
+    """
+    before = (folder / METRICS).read_bytes() if (folder / METRICS).is_file() else b""
+    for name in (METRICS, "status.json"):
+        (folder / name).unlink(missing_ok=True)
     if child is None:
         sources = [(run.data.metrics, fold)]
     elif _fetch(client, child.info.run_id, METRICS, folder):
-        model = str(json.loads((folder / METRICS).read_text(encoding="utf-8")).get("model", ""))
+        model, same = _model(folder / METRICS), (folder / METRICS).read_bytes() == before
         for part in client.list_artifacts(child.info.run_id, "evaluate"):
             if re.fullmatch(rf"evaluate/{re.escape(model)}-seed\d+", part.path):
-                _fetch(client, child.info.run_id, f"{part.path}/predictions.parquet", folder)
+                _fetch(client, child.info.run_id, f"{part.path}/predictions.parquet", folder, keep=same)
         return
     else:
         sources = [(child.data.metrics, names.RESULT), (run.data.metrics, fold)]
@@ -123,14 +129,17 @@ def _fetch_fold(client: Any, run: Any, child: Any, fold: str, folder: Path) -> N
         (folder / "status.json").write_text(json.dumps(state), encoding="utf-8")
 
 
-def _fetch(client: Any, run_id: str, path: str, folder: Path) -> bool:
-    """Download an artifact to `<folder>/<path>` unless it is there; False where the run has none."""
-    if (folder / path).is_file():
-        return True
-    parent = str(Path(path).parent)
-    if not any(file.path == path for file in client.list_artifacts(run_id, None if parent == "." else parent)):
+def _model(metrics: Path) -> str:
+    return str(json.loads(metrics.read_text(encoding="utf-8")).get("model", ""))
+
+
+def _fetch(client: Any, run_id: str, path: str, folder: Path, keep: bool = False) -> bool:
+    """Download an artifact to `<folder>/<path>`, with `keep` unless a file of its size is there; False where the run has none."""
+    parent, target = str(Path(path).parent), folder / path
+    found = next((one for one in client.list_artifacts(run_id, None if parent == "." else parent) if one.path == path), None)
+    if found is None:
         return False
-    target = (folder / path).parent  # MLflow puts a single file into the folder itself, whatever its path
-    target.mkdir(parents=True, exist_ok=True)
-    client.download_artifacts(run_id, path, str(target))
+    if not (keep and target.is_file() and target.stat().st_size == found.file_size):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        client.download_artifacts(run_id, path, str(target.parent))  # a single file goes into the folder itself, whatever its path
     return True

@@ -279,3 +279,37 @@ def test_a_store_alone_is_enough(sweep, store, tmp_path):
             stored(parent.uri, *words, scratch)
     with pytest.raises(UserError, match=r"the tracking store http://127\.0\.0\.1:1 cannot be read"):
         stored("http://127.0.0.1:1", [], {}, scratch)
+
+
+def test_a_store_asked_again_says_how_things_are_now(sweep, store, tmp_path):
+    """A fold at work, then with scores only, then with its files, then evaluated anew; unchanged predictions are not fetched twice."""
+    client, parent = store
+    run_id = client.create_run(parent.experiment_id, run_name="good", tags={"folder": "/gone", "asked": "again"}).info.run_id
+    child = create_child(ParentRun(parent.uri, parent.experiment_id, run_id), "official")
+    scratch, files = tmp_path / "scratch", sweep / "good"
+
+    def now():
+        [run] = stored(parent.uri, ["demo"], {"asked": "again"}, scratch)
+        return run, run.folds[0]
+
+    assert now()[1].reason == "running (no scores in MLflow)"
+    for name, value in (("valence", 0.1), ("arousal", 0.2), ("mean", 0.15)):
+        client.log_metric(child, f"val/ccc_{name}", value)
+    run, fold = now()
+    assert fold.score.values() == (0.1, 0.2, 0.15) and fold.score.interval is None and "fusion.seeds" not in run.recipe
+    client.log_artifact(run_id, str(files / "recipe.yaml"))
+    client.log_artifact(child, str(files / "official" / "metrics.json"))
+    for seed in range(2):
+        part = f"evaluate/jmt-seed{seed}"
+        client.log_artifact(child, str(files / "official" / part / "predictions.parquet"), part)
+    run, fold = now()
+    assert fold.score == read_run(files).folds[0].score and run.recipe["fusion.seeds"] == "[0, 1]"
+    seeds = run.predictions("official", "jmt")
+    assert len(seeds) == 2
+    written = seeds[0].stat().st_ctime_ns  # a copy may keep the time of change, not this one
+    assert now()[0].predictions("official", "jmt")[0].stat().st_ctime_ns == written
+    other = make(tmp_path / "other", "good", 0.4)
+    client.log_artifact(child, str(other / "official" / "metrics.json"))
+    changed = other / "official" / "evaluate" / "jmt-seed0" / "predictions.parquet"
+    client.log_artifact(child, str(changed), "evaluate/jmt-seed0")
+    assert now()[1].score == read_run(other).folds[0].score and seeds[0].read_bytes() == changed.read_bytes()
