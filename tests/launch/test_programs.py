@@ -241,6 +241,23 @@ def test_shell_scripts_parse(path: str) -> None:
     assert subprocess.run(["bash", "-n", path], cwd=ROOT).returncode == 0
 
 
+@pytest.mark.parametrize(("writes", "requeued"), [("SIGUSR2", True), ("RuntimeError: lost", False), ("", False)])
+def test_the_plain_script_queues_again_what_this_start_has_saved(tmp_path: Path, writes: str, requeued: bool) -> None:
+    """The last case fails before it has a status of its own, after a start that had saved: it would come again for ever."""
+    found = tmp_path / "a run" / "fold-2" / "status.json"
+    found.parent.mkdir(parents=True)
+    found.write_text('{\n "reason": "SIGUSR2",\n "update": "before"\n}\n')
+    text = f'{{\n "reason": "{writes}",\n "update": "now"\n}}\n'
+    fakes = {"srun": f"printf %s '{text}' >'{found}'\nexit 1" if writes else "exit 1", "squeue": "echo RUNNING"}
+    for name, body in {**fakes, "scontrol": f"echo \"$@\" >>'{tmp_path}/requeued'"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
+    command = ["bash", "slurm/run_fold.sbatch", "recipe.yaml", "site.yaml", str(found.parents[1])]
+    assert subprocess.run(command, cwd=ROOT, env=environment, capture_output=True).returncode == 1
+    assert ((tmp_path / "requeued").exists() and (tmp_path / "requeued").read_text() == "requeue 7_2\n") == requeued
+
+
 def test_make_has_the_cluster_up_and_down() -> None:
     for name in ("up", "down"):
         answer = subprocess.run(["make", "--no-print-directory", "-n", f"cluster-{name}"], cwd=ROOT, capture_output=True, text=True)
