@@ -226,7 +226,10 @@ def _signals(scheduler: Scheduler) -> Iterator[None]:
     def ask(number: int, frame: object) -> None:
         scheduler.stopping += 1
 
-    kept = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup: the terminal may go, the folds go on
+        numbers.append(signal.SIGHUP)
+    kept = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield
     finally:

@@ -174,6 +174,18 @@ def test_a_signal_stops_every_job_after_it_has_saved(workplace: Workplace, numbe
         assert starts(out)[-2]["from"] == saved
 
 
+def test_under_nohup_a_closed_terminal_stops_nothing(workplace: Workplace) -> None:
+    out = workplace.out()
+    kept = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a new program inherits what is ignored
+    process = workplace.start(out, "folds=[official]", star={"steps": 10, "seconds": 0.05})
+    signal.signal(signal.SIGHUP, kept)
+    wait_for(lambda: len(starts(out)) == 1)
+    process.send_signal(signal.SIGHUP)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, text
+    assert attempts_of(out, "official") == [("done", "")]
+
+
 def test_jobs_end_with_a_killed_scheduler(workplace: Workplace) -> None:
     out = workplace.out()
     process = workplace.start(out, "folds=[official]", star={"steps": 3000, "seconds": 0.02})
