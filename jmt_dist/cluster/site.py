@@ -43,11 +43,12 @@ def check(site: Site) -> None:
         )
     if site.executor == "local" and site.nodes > 1:
         raise UsageError(f"`site.nodes`={site.nodes}, but site.executor=local is one machine", "Set site.nodes=1 or site.executor=slurm.")
-    if re.match(r"\w+://[^/@]*:[^/@]*@", site.tracking_uri):  # it would stand in site.yaml, in logs and in reports
-        raise UsageError(
-            "`site.tracking_uri` holds a password",
-            "Leave it out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD where you submit: jobs inherit them.",
-        )
+    # it would stand in site.yaml, in logs and in reports; `postgresql+psycopg2://me:secret@host/runs` is a scheme as well
+    if re.match(r"[\w+.\-]+://[^/@:]*:[^@]*@", site.tracking_uri):
+        remedy = "Leave it out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD where you submit: jobs inherit them."
+        if not site.tracking_uri.startswith("http"):
+            remedy = "Name a tracking server in front of the database instead: launch/serve_tracking.py starts one."
+        raise UsageError("`site.tracking_uri` holds a password", remedy)
     if site.gpus_per_node and site.ranks_per_node > site.gpus_per_node:
         raise UsageError(
             f"`site.ranks_per_node`={site.ranks_per_node} is more than site.gpus_per_node={site.gpus_per_node}", "Use one rank per GPU."

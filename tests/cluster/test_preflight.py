@@ -63,6 +63,7 @@ def test_a_wrong_key_names_the_nearest_right_one(workplace: Workplace) -> None:
         (["visual.weights=kinetics400"], 1, ["visual.weights=kinetics400", "fetch_weights.py"]),
         (["site.ranks_per_node=8"], 1, ["4 samples", "8 ranks"]),
         (["site.tracking_uri=http://me:secret@host:5000"], 2, ["holds a password", "MLFLOW_TRACKING_PASSWORD"]),
+        (["site.tracking_uri=postgresql+psycopg2://me:s/ecret@host/runs"], 2, ["holds a password", "tracking server"]),
         (["site.executor=slurm", "out=runs/100%"], 1, ["runs/100%", "pattern"]),
         (["site.signal_seconds=400"], 2, ["site.signal_seconds", "400"]),
     ],
