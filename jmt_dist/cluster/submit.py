@@ -52,7 +52,7 @@ def submit(
     if options.wait and work.site.executor == "slurm" and work.todo:
         from jmt_dist.cluster.watch import watch
 
-        return watch(work.out, lines=15)
+        return max(code, watch(work.out, lines=15), key=(OK, OMISSIONS, FAILED).index)
     print(work.out)
     return code
 
@@ -160,10 +160,9 @@ def describe(snapshot: Snapshot) -> str:
 
 def _dispatch(work: Plan) -> int:
     if work.site.executor == "slurm" and work.todo:
-        array = _submit(work)
-        print(f"submitted array {array}: {len(work.todo)} fold job(s){', and a comparison after them' if work.compare else ''}")
+        missing = _submit(work)
         print(f"see: python launch/show_status.py out={work.out}")
-        return OK
+        return OMISSIONS if missing else OK
     states: dict[str, str] = {}
     if work.todo:
         from jmt_dist.cluster.local import Scheduler
@@ -173,15 +172,24 @@ def _dispatch(work: Plan) -> int:
 
 
 def _submit(work: Plan) -> str:
+    """Submit the folds and their comparison; returns why there will be no comparison, which is no reason to do without the folds."""
     from jmt_dist.cluster import slurm
 
     array, jobs = slurm.of_plan(work), work.out / "jobs.json"
     with slurm.submitting():
         identity, _ = slurm.submit_array(array)
-        if work.compare:
-            compare = slurm.submit_comparison(array, identity, work.out, work.compare)
-            status.write_json(jobs, {**status.read_json(jobs), "compare": compare})
-    return identity
+    print(f"submitted array {identity}: {len(work.todo)} fold job(s)", flush=True)
+    if work.compare:
+        try:
+            with slurm.submitting():
+                compare = slurm.submit_comparison(array, identity, work.out, work.compare)
+        except UserError as error:  # a partition that takes no job without a GPU, say
+            print(f"missing: the comparison: {error.sentence}")
+            print(f"when the folds have ended, run: python launch/compare_runs.py out={work.out}")
+            return error.sentence
+        status.write_json(jobs, {**status.read_json(jobs), "compare": compare})
+        print(f"submitted job {compare}, which compares them when all have ended")
+    return ""
 
 
 def _finish(work: Plan, states: dict[str, str]) -> int:

@@ -45,6 +45,9 @@ def sbatch(words: list[str]) -> int:
     if options.get("partition") == "nowhere":
         print("sbatch: error: invalid partition specified: nowhere", file=sys.stderr)
         return 1
+    if options.get("partition") == "gpus-only" and "gpus-per-node" not in options:
+        print("sbatch: error: this partition takes no job without a GPU", file=sys.stderr)
+        return 1
     number = str(100 + len(list(HOME.glob("*.script"))))
     (HOME / f"{number}.script").write_text(script)
     (HOME / f"{number}.options").write_text(json.dumps(options))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from jmt_dist.cluster import control, status
+from jmt_dist.cluster import control, status, watch
 from jmt_dist.cluster import slurm as slurm_queue
 from jmt_dist.cluster.site import seconds, slurm_parameters
 from jmt_dist.config import Site
@@ -186,6 +186,37 @@ def test_a_folder_with_live_jobs_is_not_submitted_again_until_they_are_cancelled
 def test_slurms_refusal_is_one_line(workplace: Workplace, slurm: Path) -> None:
     code, text = workplace.submit(workplace.out(), *SLURM, "site.partition=nowhere")
     assert code == 1 and "SLURM refused the job: sbatch: error: invalid partition specified: nowhere" in text.splitlines()[-1]
+
+
+def test_a_refused_comparison_is_said_and_leaves_the_folds_in_the_queue(
+    workplace: Workplace, slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_SLURM_HOLD", "1")
+    out = workplace.out()
+    code, text = workplace.submit(out, *SLURM, "site.partition=gpus-only", "site.gpus_per_node=1")
+    assert code == 3 and "submitted array 100: 6 fold job(s)" in text, text
+    assert "missing: the comparison: SLURM refused the job: sbatch: error: this partition takes no job without a GPU" in text
+    assert f"python launch/compare_runs.py out={out}" in text
+    assert len(control.live_jobs(out)) == 6 and "compare" not in json.loads((out / "jobs.json").read_text())
+
+
+def test_the_comparison_has_a_row_and_its_failure_is_shown(tmp_path: Path, slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status.update_status(tmp_path, "official", state="done")
+    entry = {"fold": "official", "job": "77_0", "log": "x"}
+    jobs = {"executor": "slurm", "array": "77", "folds": ["official"], "submission": "now", "compare": "78", "jobs": [entry]}
+    status.write_json(tmp_path / "jobs.json", jobs)
+    (tmp_path / "jobs" / "now" / "compare").mkdir(parents=True)
+    (tmp_path / "jobs" / "now" / "compare" / "78_0_log.out").write_text("oom-kill\n")
+    fakeslurm.write("77_0", state="COMPLETED")
+    fakeslurm.write("78", state="PENDING")
+    assert [(row.fold, row.state, row.reason) for row in watch.rows(tmp_path)][1:] == [("comparison", "pending", "Priority")]
+    fakeslurm.write("78", state="OUT_OF_MEMORY")
+    assert watch.watch(tmp_path, lines=5) == 3
+    text = capsys.readouterr().out
+    assert "1 of 1 folds are done" in text and "comparison  failed" in text and "  oom-kill" in text
+    assert f"(OUT_OF_MEMORY; run: python launch/compare_runs.py out={tmp_path})" in text
+    (tmp_path / "table1.csv").write_text("by hand\n")
+    assert watch.watch(tmp_path, lines=5) == 0
 
 
 def test_too_many_tasks_for_an_array_name_the_limit(slurm: Path) -> None:
