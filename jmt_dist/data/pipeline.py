@@ -21,7 +21,9 @@ from jmt_dist.data.sound import spectrograms
 from jmt_dist.errors import UserError
 
 Batch = dict[str, Tensor]
-SAME_JOB = {"world": "ranks", "rank": "rank", "batch": "batch", "manifest_hash": "shards", "index_hash": "fold"}
+SAME_JOB = {
+    "world": "ranks", "rank": "rank", "batch": "batch", "buffer": "data.shuffle_buffer", "manifest_hash": "shards", "index_hash": "fold",
+}  # fmt: skip
 
 
 def clips(frames: Tensor, offset: int = 0) -> Tensor:
@@ -172,17 +174,19 @@ class ClipLoader:
 
     def _job(self) -> dict[str, Any]:
         hashes = {"manifest_hash": self.shards.manifest_hash, "index_hash": self.shards.index_hash}
-        return {"world": self.world, "rank": self.rank, "batch": self.batch, **hashes}
+        return {"world": self.world, "rank": self.rank, "batch": self.batch, "buffer": self._options["data"].shuffle_buffer, **hashes}
 
     def _require(self, state: dict[str, Any], keys: Sequence[str]) -> None:
         job = self._job()
         for key in keys:
+            if key == "buffer" and key not in state:
+                continue  # a state from before it was kept
             if state.get(key) != job[key]:
                 theirs, mine = (str(value)[:12] for value in (state.get(key), job[key]))
                 what = SAME_JOB[key]
                 raise UserError(
                     f"the loader's state was saved with {what} {theirs}, this job has {what} {mine}",
-                    "Resume with the same number of ranks, batch, fold and shards.",
+                    "Resume with the same number of ranks, batch, shuffle buffer, fold and shards.",
                 )
 
     def state(self) -> dict[str, Any]:
@@ -198,7 +202,8 @@ class ClipLoader:
     def restore(self, state: dict[str, Any]) -> None:
         """Continue exactly where this rank's `state` was taken; `self.epoch` and `self.done` say where that is.
 
-        Raises UserError where it is of another world size, rank, batch, shard set or fold: DALI itself would take it in silence.
+        Raises UserError where it is of another world size, rank, batch, shuffle buffer, shard set or fold: DALI itself would take it in
+        silence, and lose samples and repeat others (with another buffer, a quarter of a small epoch).
         """
         self._require(state, tuple(SAME_JOB))
         self._forget()

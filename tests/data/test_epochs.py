@@ -140,6 +140,7 @@ CHANGES = {
     "world": ({"world": 3}, {}, "ranks 2, this job has ranks 3"),
     "rank": ({"rank": 0}, {}, "rank 1, this job has rank 0"),
     "batch": ({"batch": 4}, {}, "batch 3, this job has batch 4"),
+    "buffer": ({"data": DATA.model_copy(update={"shuffle_buffer": 16})}, {}, "data.shuffle_buffer 8, this job has data.shuffle_buffer 16"),
     "fold": ({}, {"index_hash": "another"}, "fold all-53, this job has fold another"),
     "shards": ({}, {"manifest_hash": "another", "index_hash": "another"}, "shards [0-9a-f]{12}, this job has shards another"),
 }
@@ -155,3 +156,10 @@ def test_a_state_of_another_job_is_refused_and_nothing_is_changed(shards: ShardS
         mine.restore(first.state())
     assert "\n" not in str(error.value) and "Resume with the same" in error.value.remedy
     assert (mine.epoch, mine.done) == (0, 0)
+
+
+def test_a_state_from_before_the_shuffle_buffer_was_kept_still_restores(shards: ShardSet) -> None:
+    first, again = loader(shards), loader(shards)
+    run(first, 4)
+    again.restore({name: value for name, value in first.state().items() if name != "buffer"})
+    assert equal(run(again, 3), run(first, 3))
