@@ -17,8 +17,9 @@ from jmt_dist.cluster.lease import Lease
 from jmt_dist.cluster.options import RunFoldOptions
 from jmt_dist.cluster.snapshot import describe_code
 from jmt_dist.config import Recipe, Site
+from jmt_dist.errors import UserError
 from jmt_dist.program import FAILED, OK
-from jmt_dist.recipe import dump
+from jmt_dist.recipe import dump, load_recipe
 
 
 def run_single(options: RunFoldOptions, recipe: Recipe, place: Site, function: str = plan.RUN_FOLD) -> int:
@@ -41,14 +42,30 @@ def run_single(options: RunFoldOptions, recipe: Recipe, place: Site, function: s
         rendezvous.choose_interface(SlurmJobEnvironment().hostnames)
     if first:
         print(f"fold {options.fold} of {recipe.name}, stages {', '.join(recipe.stages)}, {world} rank(s), in {out}", flush=True)
-        if not (out / "recipe.yaml").exists():
-            dump(recipe, out / "recipe.yaml")
-            dump(place, out / "site.yaml")
         describe_code(out)
     code = _run(recipe, place, options.fold, out, plan.work_hash(recipe, manifest), function, first)
     if first:
         print(out / options.fold)
     return code
+
+
+def _keep_recipe(recipe: Recipe, place: Site, out: Path) -> None:
+    """Write the recipe of this run beside its folds: whoever reads them, export_model.py say, builds the models by it.
+
+    One that differs in its stages alone stays, and so do the stages of any: they are the run's, of which this may be a part.
+    """
+    path = out / "recipe.yaml"
+    if path.exists():
+        with contextlib.suppress(UserError):  # of another version
+            recipe = recipe.model_copy(update={"stages": (known := load_recipe(path)).stages})
+            if known == recipe:
+                return
+        print(f"{path} was of other settings, and is now of these", flush=True)
+    else:
+        dump(place, out / "site.yaml")
+    partial = path.with_name(f".{path.name}.{os.getpid()}")  # folds may begin side by side
+    dump(recipe, partial)
+    os.replace(partial, path)
 
 
 def _run(recipe: Recipe, place: Site, fold: str, out: Path, work: str, function: str, first: bool) -> int:
@@ -64,6 +81,8 @@ def _run(recipe: Recipe, place: Site, fold: str, out: Path, work: str, function:
     start = attempts.Start(f"run_fold.py {datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}", f"process {os.getpid()}")
     try:
         with _alone(out, fold, start) if first else _with_first(out, fold):
+            if first:
+                _keep_recipe(recipe, place, out)
             plan.resolve(function)(recipe, place, fold, out)
     except stop.Stopped:
         if first:

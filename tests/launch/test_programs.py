@@ -68,11 +68,17 @@ def test_run_fold_runs_in_this_process_stops_on_a_signal_and_resumes(workplace: 
         saved = int((out / "official" / "state-0").read_text())
         process = start(workplace, "run_fold", SINGLE, *words, official={"steps": saved + 1})
         text, _ = process.communicate(timeout=30)
+        other = start(workplace, "run_fold", SINGLE, *words, "fusion.jmt.scale=sqrt", "stages=[fusion]", official={"steps": saved + 1})
+        said, _ = other.communicate(timeout=30)
     finally:
         for name in environment:
             os.environ.pop(name)
-    assert process.returncode == 0 and text.splitlines()[-1] == str(out / "official")
+    assert process.returncode == 0 and text.splitlines()[-1] == str(out / "official") and "other settings" not in text
     assert starts(out)[1]["from"] == saved
+    # the recipe beside the folds is that of the weights in them: of other scores they have the same shapes
+    kept = load_recipe(out / "recipe.yaml")
+    assert other.returncode == 0 and "recipe.yaml was of other settings" in said and kept.fusion.jmt.scale == "sqrt"
+    assert kept.stages == load_recipe(workplace.recipe).stages
     assert json.loads((out / "official" / "status.json").read_text())["state"] == "done"
 
 
