@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -96,4 +99,21 @@ def run(
     sys.exit(OK if code is None else code)
 
 
-__all__ = ["FAILED", "OK", "OMISSIONS", "USAGE", "as_pairs", "describe", "field_names", "run", "usage"]
+def begin_worker() -> None:
+    """What a worker process does first: the program alone answers Ctrl-C, and a worker ends as soon as its program has.
+
+    The workers of a program that was killed would wait for tasks for ever, after they had gone on with those they had, in the files
+    of the run that follows.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group
+    threading.Thread(target=_end_with_program, daemon=True).start()
+
+
+def _end_with_program() -> None:
+    program = multiprocessing.parent_process()
+    if program is not None:
+        program.join()
+        os._exit(FAILED)
+
+
+__all__ = ["FAILED", "OK", "OMISSIONS", "USAGE", "as_pairs", "begin_worker", "describe", "field_names", "run", "usage"]

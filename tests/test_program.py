@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 from pydantic import BaseModel, Field
 
@@ -120,3 +122,27 @@ def test_every_key_is_described() -> None:
 def test_errors_read_as_sentence_and_remedy() -> None:
     assert str(UserError("It broke.", "Mend it.")) == "It broke. Mend it."
     assert str(UserError("It broke")) == "It broke"
+
+
+WORKERS = """
+import time
+from jmt_dist.data.progress import in_processes
+list(in_processes(time.sleep, [60, 60], 2))
+"""
+
+
+def test_the_workers_of_a_killed_program_end_too() -> None:
+    """They would go on with what they had been given, in the files of the run that follows, and then wait for ever."""
+    program = subprocess.Popen([sys.executable, "-c", WORKERS])
+    deadline = time.monotonic() + 60
+    children: list[psutil.Process] = []
+    while len(children) < 4 and time.monotonic() < deadline:  # a server, its tracker, two workers
+        children = psutil.Process(program.pid).children(recursive=True)
+        time.sleep(0.02)
+    assert len(children) == 4 and program.poll() is None
+    program.kill()
+    program.wait()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    for process in alive:
+        process.kill()
+    assert not alive

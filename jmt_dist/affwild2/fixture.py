@@ -28,6 +28,7 @@ from jmt_dist.affwild2.fixture_voice import as_pcm, make_voice
 from jmt_dist.affwild2.fixture_walk import Array, Cues, Rows, ceilings, stream, unit_cues
 from jmt_dist.config import FixtureOptions
 from jmt_dist.errors import UserError
+from jmt_dist.program import begin_worker
 
 VERSIONS = {"none": 1, "harmless": 1, "all": 2}  # by gotchas; raised when the same options give other files
 MANIFEST = "fixture.json"
@@ -138,7 +139,7 @@ def _make_videos(out: Path, options: FixtureOptions, videos: Sequence[VideoPlan]
 
 def _in_processes(out: Path, seed: int, todo: Sequence[VideoPlan], workers: int) -> Iterator[str]:
     # spawned, not forked: the caller may run threads; one BLAS thread each, set before NumPy is imported there
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_quiet) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=begin_worker) as pool:
         futures: list[Future[str]] = [pool.submit(make_video, out, seed, v) for v in todo]
         try:
             for future in as_completed(futures):
@@ -146,12 +147,6 @@ def _in_processes(out: Path, seed: int, todo: Sequence[VideoPlan], workers: int)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def _quiet() -> None:
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it and cancels
 
 
 def _mark(out: Path, plan: VideoPlan) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +12,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from jmt_dist.errors import UserError
+from jmt_dist.program import begin_worker
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -54,10 +54,6 @@ class Progress:
             print(f"{self.what}: {self.done} {self.noun} in {time.monotonic() - self._start:.1f} s", flush=True)
 
 
-def _ignore_interrupt() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent alone answers it
-
-
 def in_processes(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> Iterator[R]:
     """Results of `function` over `tasks` as they come, from up to `workers` processes (1: in this one).
 
@@ -71,7 +67,7 @@ def in_processes(function: Callable[[T], R], tasks: Iterable[T], workers: int) -
     # a server that has imported what the tasks need forks the workers: at once, and without this process's threads and locks
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__])
-    pool = ProcessPoolExecutor(workers, context, _ignore_interrupt)
+    pool = ProcessPoolExecutor(workers, context, begin_worker)
     try:
         for future in as_completed([pool.submit(function, task) for task in tasks]):
             yield future.result()
