@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import re
@@ -17,6 +18,12 @@ from jmt_dist.errors import UserError
 from jmt_dist.recipe import field_names
 
 OK, FAILED, USAGE, OMISSIONS = 0, 1, 2, 3
+# what a file system refuses, and what helps; any other OSError is taken for a mistake of ours and keeps its traceback
+REFUSALS = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Look who may read and write there, or name another place."),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some space, and give the same command."),
+    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG), "Name another place."),
+}
 
 
 def describe(model: type[BaseModel], prefix: str = "") -> list[str]:
@@ -95,6 +102,12 @@ def run(
         code = FAILED
     except BrokenPipeError:  # the reader of our output left: nothing more to say, and nothing to flush at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = FAILED
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        what = f"{error.filename2 or error.filename}: {error.strerror}" if error.filename else str(error)
+        print(f"{os.path.basename(sys.argv[0])}: {' '.join(what.split())}. {REFUSALS[error.errno]}", file=sys.stderr)
         code = FAILED
     sys.exit(OK if code is None else code)
 

@@ -55,6 +55,8 @@ def exit_code(body: str, *words: str) -> tuple[int, str, str]:
         ("return 3", OMISSIONS, ""),
         ("raise UserError('no\\nshards here', 'Pack them.')", FAILED, "-c: no shards here. Pack them.\n"),
         ("raise UsageError('unknown key `x`')", USAGE, "-c: unknown key `x`\n"),
+        ("open('/proc/self/cmdline/x')", FAILED, "-c: /proc/self/cmdline/x: Not a directory. Name another place.\n"),
+        ("raise OSError(28, 'no room')", FAILED, "-c: [Errno 28] no room. Free some space, and give the same command.\n"),
         ("raise KeyboardInterrupt", FAILED, "-c: interrupted; the same command goes on where it stopped\n"),
     ],
 )
@@ -67,8 +69,9 @@ def test_exit_codes(body: str, code: int, said: str) -> None:
 
 
 def test_our_own_mistakes_keep_their_traceback() -> None:
-    code, _, err = exit_code("return 1 / 0")
-    assert code == FAILED and "Traceback" in err and "ZeroDivisionError" in err
+    for body, said in (("return 1 / 0", "ZeroDivisionError"), ("open('nowhere')", "FileNotFoundError")):
+        code, _, err = exit_code(body)
+        assert code == FAILED and "Traceback" in err and said in err
 
 
 def test_a_reader_that_leaves_is_no_error_message() -> None:

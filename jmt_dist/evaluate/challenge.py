@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from jmt_dist.affwild2.labels import read_text
 from jmt_dist.errors import UserError
 
 HEADER = "image_location,valence,arousal"
@@ -36,22 +37,21 @@ class ChallengeReport:
 def read_sample(sample_file: Path) -> Iterator[tuple[str, str, int]]:
     """(image location, unit, frame) of each row of a sample file; frames count from 1.
 
-    Raises UserError where the file is missing, has another header, or a row is not `<unit>/<number>.jpg,…`.
+    Raises UserError where the file is missing, no text, has another header, or a row is not `<unit>/<number>.jpg,…`.
     """
     if not sample_file.is_file():
         raise UserError(f"there is no sample file {sample_file}", "It comes with the challenge's test set list.")
-    with open(sample_file, encoding="utf-8-sig", newline=None) as file:
-        header = file.readline().strip()
-        if header.replace(" ", "") not in (HEADER, "image_location"):
-            raise UserError(f"{sample_file} begins with `{header[:80]}`, not with `{HEADER}`", "Give the valence/arousal sample file.")
-        for number, line in enumerate(file, start=2):
-            if not line.strip():
-                continue
-            location = line.split(",", 1)[0].strip()
-            found = re.fullmatch(r"(.+)/0*([1-9]\d*)\.\w+", location)
-            if found is None:
-                raise UserError(f"{sample_file}, line {number}: `{location[:80]}` is not <unit>/<frame>.jpg", UNCHANGED)
-            yield location, found[1], int(found[2])
+    header, *lines = read_text(sample_file).splitlines() or [""]
+    if header.strip().replace(" ", "") not in (HEADER, "image_location"):
+        raise UserError(f"{sample_file} begins with `{header.strip()[:80]}`, not with `{HEADER}`", "Give the valence/arousal sample file.")
+    for number, line in enumerate(lines, start=2):
+        if not line.strip():
+            continue
+        location = line.split(",", 1)[0].strip()
+        found = re.fullmatch(r"(.+)/0*([1-9]\d*)\.\w+", location)
+        if found is None:
+            raise UserError(f"{sample_file}, line {number}: `{location[:80]}` is not <unit>/<frame>.jpg", UNCHANGED)
+        yield location, found[1], int(found[2])
 
 
 def write_challenge(path: Path, sample_file: Path, predictions: Mapping[str, ArrayLike], decimals: int = 6) -> ChallengeReport:

@@ -117,6 +117,9 @@ def show(result: Comparison) -> None:
 
 def _write(path: Path, text: str) -> Path:
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)  # a full disk leaves half of it
     return path

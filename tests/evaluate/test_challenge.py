@@ -187,6 +187,10 @@ def test_foreign_sample_files(tmp_path):
         write_challenge(tmp_path / "out", sample(tmp_path, ["134/00001.jpg", "134"]), predictions())
     with pytest.raises(UserError, match=r"line 2: `134/00000\.jpg`"):  # frames count from 1
         write_challenge(tmp_path / "out", sample(tmp_path, ["134/00000.jpg"]), predictions())
+    for content, message in ((b"", "begins with ``"), (f"{HEADER}\nvid\xe9o/00001.jpg".encode("latin-1"), "is not a text file")):
+        (tmp_path / "other.txt").write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            write_challenge(tmp_path / "out", tmp_path / "other.txt", predictions())
     (tmp_path / "empty.txt").write_text(HEADER + "\n")
     with pytest.raises(UserError, match="names no frame"):
         write_challenge(tmp_path / "out", tmp_path / "empty.txt", predictions())
