@@ -22,6 +22,8 @@ OK, FAILED, USAGE, OMISSIONS = 0, 1, 2, 3
 REFUSALS = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Look who may read and write there, or name another place."),
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some space, and give the same command."),
+    # of flock: Lustre without its option `flock`, say; Linux says no more than "Function not implemented"
+    **dict.fromkeys((errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP), "File locks are needed: name a place whose file system has them."),
     **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG), "Name another place."),
 }
 

@@ -57,6 +57,11 @@ def exit_code(body: str, *words: str) -> tuple[int, str, str]:
         ("raise UsageError('unknown key `x`')", USAGE, "-c: unknown key `x`\n"),
         ("open('/proc/self/cmdline/x')", FAILED, "-c: /proc/self/cmdline/x: Not a directory. Name another place.\n"),
         ("raise OSError(28, 'no room')", FAILED, "-c: [Errno 28] no room. Free some space, and give the same command.\n"),
+        (
+            "raise OSError(38, 'not implemented')",
+            FAILED,
+            "-c: [Errno 38] not implemented. File locks are needed: name a place whose file system has them.\n",
+        ),
         ("raise KeyboardInterrupt", FAILED, "-c: interrupted; the same command goes on where it stopped\n"),
     ],
 )

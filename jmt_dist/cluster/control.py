@@ -97,6 +97,8 @@ def _cancel_slurm(out: Path, runs: dict[Path, dict[str, Any]], say: Callable[[st
             raise UserError(f"scancel failed: {' '.join(answer.stderr.split())}", "Is slurmctld reachable? See check_site.py.")
     for run, folds in alive.items():
         for fold in folds:
+            if status.read_status(run, fold).get("state") == "done":
+                continue  # its job was about to leave the queue
             say(f"cancelled {fold if run == out else f'{run.name} {fold}'}")
             status.update_status(run, fold, state="stopped", reason="cancelled by cancel_jobs.py")
     return sum(map(len, alive.values()))

@@ -183,6 +183,17 @@ def test_a_folder_with_live_jobs_is_not_submitted_again_until_they_are_cancelled
     assert states(out) == {"official": "stopped", "fold-1": "stopped"} and len(starts(out)) == 1  # and nobody queued it again
 
 
+def test_a_fold_that_is_done_while_its_job_is_still_ending_stays_done(tmp_path: Path, slurm: Path) -> None:
+    entries = [{"fold": fold, "job": f"77_{n}"} for n, fold in enumerate(("official", "fold-1"))]
+    jobs = {"executor": "slurm", "array": "77", "folds": ["official", "fold-1"], "jobs": entries}
+    status.write_json(tmp_path / "jobs.json", jobs)
+    for entry, state in zip(entries, ("done", "running"), strict=True):
+        status.update_status(tmp_path, entry["fold"], state=state, work="w")
+        fakeslurm.write(entry["job"], state="RUNNING")
+    control.cancel(tmp_path)
+    assert states(tmp_path) == {"official": "done", "fold-1": "stopped"} and status.is_done(tmp_path, "official", "w")
+
+
 def test_slurms_refusal_is_one_line(workplace: Workplace, slurm: Path) -> None:
     code, text = workplace.submit(workplace.out(), *SLURM, "site.partition=nowhere")
     assert code == 1 and "SLURM refused the job: sbatch: error: invalid partition specified: nowhere" in text.splitlines()[-1]
