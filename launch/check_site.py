@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from jmt_dist.cluster.options import CheckOptions
 from jmt_dist.config import Site
+from jmt_dist.errors import UsageError
 from jmt_dist.program import run
 from jmt_dist.recipe import build, load_recipe, load_site, split_words, word_layer
 
@@ -18,6 +19,8 @@ def main(words: list[str]) -> int:
     """Run the checks; 1 where one of them failed."""
     own, site_words, recipe_words = split_words(words, CheckOptions)
     options = build(CheckOptions, [word_layer(word) for word in own])
+    if recipe_words and not options.recipe:
+        raise UsageError(f"`{recipe_words[0]}` changes a recipe, and none is checked", "Name it: recipe=launch/recipes/….")
     site = load_site(options.site, site_words)
     recipe = load_recipe(options.recipe, recipe_words) if options.recipe else None
     from jmt_dist.cluster.site_check import check_site

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from jmt_dist.cluster import site_check
 from jmt_dist.cluster.finding import Finding
 from jmt_dist.cluster.options import CheckOptions
 from jmt_dist.config import Recipe, Site
-from tests.cluster.conftest import Workplace
+from jmt_dist.errors import UsageError
+from tests.cluster.conftest import ROOT, Workplace
 
 
 def findings(options: CheckOptions, site: Site, recipe: Recipe | None) -> list[Finding]:
@@ -57,3 +59,9 @@ def test_a_machine_that_is_fit_has_no_failure(bare: Path, workplace: Workplace, 
     assert {one.outcome for one in found} <= {"ok", "note"} and any("official" in one.found for one in found if one.name == "shards")
     crowded = findings(CheckOptions(site="", out=str(bare / "runs")), site.model_copy(update={"parallel": 99}), None)
     assert [(one.outcome, bool(one.remedy)) for one in crowded if one.name == "cores"] == [("note", True)]
+
+
+def test_a_word_of_a_recipe_without_the_recipe_is_not_taken_for_checked() -> None:
+    program = runpy.run_path(str(ROOT / "launch" / "check_site.py"))
+    with pytest.raises(UsageError, match="nowhere` changes a recipe, and none is checked"):
+        program["main"]([f"site={ROOT}/slurm/sites/local.yaml", "data.shards=/nowhere"])
