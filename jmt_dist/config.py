@@ -15,6 +15,9 @@ OFFICIAL = "official"
 STAGES = ("visual", "audio", "features", "fusion", "evaluate")
 FUSION_MODELS = ("jmt", "visual", "audio", "concat", "lstm", "vanilla", "selfattn_lstm", "jca", "lfan", "tcn", "gated")
 
+# torchvision's weights for each backbone of this package, by stage
+PRETRAINED = {"visual": {"r2plus1d": "kinetics400", "resnet50": "imagenet-resnet50"}, "audio": {"resnet18": "imagenet"}}
+
 Stage = Literal["visual", "audio", "features", "fusion", "evaluate"]
 FusionModel = Literal["jmt", "visual", "audio", "concat", "lstm", "vanilla", "selfattn_lstm", "jca", "lfan", "tcn", "gated"]
 Modality = Literal["audio", "visual"]

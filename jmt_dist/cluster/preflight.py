@@ -6,11 +6,12 @@ import os
 from pathlib import Path
 
 from jmt_dist.cluster import site as sites
-from jmt_dist.config import Recipe, Site
+from jmt_dist.config import PRETRAINED, Recipe, Site
 from jmt_dist.errors import UserError
 
 CACHED = {"kinetics400": "r2plus1d_18-*.pth", "imagenet": "resnet18-*.pth", "imagenet-resnet50": "resnet50-*.pth"}
 NAMED_WEIGHTS = (*CACHED, "none")
+WIDTH = 512  # model.attention's, which takes torch
 
 
 def absolute(recipe: Recipe) -> Recipe:
@@ -27,14 +28,15 @@ def absolute(recipe: Recipe) -> Recipe:
 def check(recipe: Recipe, site: Site, folds: list[str]) -> tuple[tuple[str, ...], str]:
     """The folds to run and the manifest's hash. Raises UserError for the first thing that would make a job fail.
 
-    Checked: the site's fields, batches against ranks, weight files, the shards' existence and geometry, that the folds
-    exist, and that every split of each has at least one sample per rank.
+    Checked: the site's fields, batches against ranks, weight files, backbones and heads, the shards' existence and geometry,
+    that the folds exist, and that every split of each has at least one sample per rank.
     """
     sites.check(site)
     if site.executor == "local":
         sites.gpu_slots(site)
     _check_batches(recipe, sites.ranks(site))
     _check_weights(recipe, site)
+    _check_models(recipe)
     return _check_shards(recipe, folds, sites.ranks(site))
 
 
@@ -53,6 +55,23 @@ def _check_weights(recipe: Recipe, site: Site) -> None:
                 f"the weights of {name}.weights={weights} are not in {weights_cache()}",
                 "Run `python launch/fetch_weights.py` on a machine with a network; jobs never download.",
             )
+
+
+def _check_models(recipe: Recipe) -> None:
+    """What audio stage and fusion would refuse when they are made: after the stages before them, which take days."""
+    for name, known in PRETRAINED.items():
+        stage = getattr(recipe, name)
+        if name not in recipe.stages:
+            continue
+        if stage.backbone not in known and ":" not in stage.backbone:
+            raise UserError(f"there is no {name} backbone {stage.backbone}", f"Known: {', '.join(known)}; your own as module:name.")
+        own = known.get(stage.backbone, "none")
+        if stage.weights in CACHED and stage.weights != own:
+            sentence = f"{name}.weights={stage.weights} fits another backbone than {name}.backbone={stage.backbone}"
+            raise UserError(sentence, f"Take {own} or a file.")
+    heads = recipe.fusion.jmt.heads
+    if "fusion" in recipe.stages and "jmt" in (recipe.fusion.model, *recipe.fusion.baselines) and WIDTH % heads:
+        raise UserError(f"fusion.jmt.heads={heads} does not divide the width of {WIDTH}", "Take 1, 2, 4, 8 or 16 heads.")
 
 
 def weights_cache() -> Path:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights, ResNet50_Weights
 from torchvision.models.video import R2Plus1D_18_Weights
 
-from jmt_dist.config import AudioOptions, VisualOptions
+from jmt_dist.config import PRETRAINED, AudioOptions, VisualOptions
 from jmt_dist.errors import UserError
 from jmt_dist.model.heads import AudioModel, VisualModel
 
@@ -27,7 +27,6 @@ URLS: dict[str, str] = {
     "imagenet": ResNet18_Weights.IMAGENET1K_V1.url,
     "imagenet-resnet50": ResNet50_Weights.IMAGENET1K_V1.url,
 }
-_OF_BACKBONE = {"r2plus1d": "kinetics400", "resnet50": "imagenet-resnet50", "resnet18": "imagenet"}
 FETCH = "launch/fetch_weights.py"
 _CLASSIFIERS = ("fc.", "classifier.")  # of the pretraining task: dropped by rule
 _WRAPPERS = ("model", "state_dict", "module")  # keys under which training programs put a state dict
@@ -46,7 +45,8 @@ def cached_path(name: str) -> Path:
 
 def find_weights(options: _Options) -> Path | None:
     """The file that `weights` names; None for `none`. UserError where it cannot be used or is not there."""
-    stage, own = "visual" if isinstance(options, VisualOptions) else "audio", _OF_BACKBONE.get(options.backbone, "")
+    stage = "visual" if isinstance(options, VisualOptions) else "audio"
+    own = PRETRAINED[stage].get(options.backbone, "")
     if options.weights == "none":
         return None
     if isinstance(options, VisualOptions) and options.backbone == "r2plus1d" and options.depth == 10 and options.weights == own:

@@ -61,6 +61,9 @@ def test_a_wrong_key_names_the_nearest_right_one(workplace: Workplace) -> None:
         (["fusion.ranks=2"], 1, ["fusion.ranks=2", "the job's 1"]),
         (["visual.weights=w.pt"], 1, ["visual.weights", "w.pt"]),
         (["visual.weights=kinetics400"], 1, ["visual.weights=kinetics400", "fetch_weights.py"]),
+        (["visual.backbone=resnet5"], 1, ["no visual backbone resnet5", "r2plus1d, resnet50", "module:name"]),
+        (["audio.backbone=r2plus1d"], 1, ["no audio backbone r2plus1d", "Known: resnet18;"]),
+        (["fusion.jmt.heads=3"], 1, ["fusion.jmt.heads=3", "512"]),
         (["site.ranks_per_node=8"], 1, ["4 samples", "8 ranks"]),
         (["site.tracking_uri=http://me:secret@host:5000"], 2, ["holds a password", "MLFLOW_TRACKING_PASSWORD"]),
         (["site.tracking_uri=postgresql+psycopg2://me:s/ecret@host/runs"], 2, ["holds a password", "tracking server"]),
@@ -73,6 +76,24 @@ def test_refusals(workplace: Workplace, words: list[str], code: int, parts: list
     line = refused(workplace, *words, code=code)
     for part in parts:
         assert part in line
+
+
+def test_the_width_is_the_models() -> None:
+    from jmt_dist.cluster import preflight
+    from jmt_dist.model import attention
+
+    assert preflight.WIDTH == attention.WIDTH
+
+
+def test_weights_of_another_backbone_are_refused(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = workplace.recipe.parent / "cache" / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    monkeypatch.setenv("TORCH_HOME", str(cache.parents[1]))
+    for name in ("r2plus1d_18-0.pth", "resnet18-0.pth"):
+        (cache / name).touch()
+    assert "fits another backbone than audio.backbone=resnet18. Take imagenet or" in refused(workplace, "audio.weights=kinetics400")
+    words = ("audio.backbone=mine.ears:deep", "audio.weights=imagenet")
+    assert "fits another backbone than audio.backbone=mine.ears:deep. Take none or" in refused(workplace, *words)
 
 
 def test_stages_that_do_not_run_are_not_checked(workplace: Workplace) -> None:
