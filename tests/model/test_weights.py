@@ -173,6 +173,15 @@ def test_cache_and_digest(cache: Path, folder: Path, monkeypatch: pytest.MonkeyP
     damaged[len(damaged) // 2] ^= 1
     (cache / f"resnet18-{sha[:8]}.pth").write_bytes(damaged)
     refused(model, AudioOptions(), "is damaged")
+    (folder / "copied").mkdir()
+    (folder / "copied" / f"resnet18-{sha[:8]}.pth").write_bytes(damaged)
+    refused(model, audio(folder / "copied" / f"resnet18-{sha[:8]}.pth"), "is damaged")
+
+
+def test_the_digits_in_the_name_of_a_file_of_ones_own_may_be_a_date(folder: Path) -> None:
+    own = folder / "audio-20260115.pth"
+    own.write_bytes((folder / "resnet18.pth").read_bytes())
+    assert "audio-20260115.pth" in weights.load_initial(AudioModel(AudioOptions()), audio(own))
 
 
 def test_torchvisions_names_carry_their_digest() -> None:
