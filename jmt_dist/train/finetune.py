@@ -24,7 +24,7 @@ from jmt_dist.train.division import micro_batch
 from jmt_dist.train.engine import input_type
 from jmt_dist.train.extract import already_whole, trained_backbones, write_features
 from jmt_dist.train.fuse import fusion_folder
-from jmt_dist.train.plan import FoldPlan, claim, make_key
+from jmt_dist.train.plan import FoldPlan, claim, make_key, telling
 from jmt_dist.train.ranks import rank, world
 from jmt_dist.train.stage import Batch, Stage, finished
 from jmt_dist.train.weights import load_weights
@@ -52,7 +52,7 @@ def finetune_key(plan: FoldPlan, seed: int) -> str:
     """The key of one training: its options, and all that the three parts depend on."""
     recipe = plan.recipe
     parts = plan.fusion_key(recipe.fusion.model, seed)
-    return make_key("finetune", recipe.finetuning.model_dump(), recipe.engine.model_dump(), recipe.seed, seed, parts)
+    return make_key("finetune", telling(recipe.finetuning), recipe.engine.model_dump(), recipe.seed, seed, parts)
 
 
 def trained_parts(plan: FoldPlan, seed: int) -> EndToEnd:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from jmt_dist.config import AudioOptions, FusionModel, Recipe, Site, VisualOptions
+from jmt_dist.config import AudioOptions, FusionModel, Recipe, Site, TrainOptions, VisualOptions
 from jmt_dist.data.pipeline import derive_seed
 from jmt_dist.data.shards import Manifest, ShardSet, fold_shards, open_shards
 from jmt_dist.data.staging import stage_in, staged, staging_folder
@@ -31,6 +31,14 @@ KEY_FILE = "key.txt"
 def make_key(*parts: object) -> str:
     """16 hexadecimal digits of a hash over everything a stage's result depends on."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def telling(options: TrainOptions) -> dict[str, Any]:
+    """A trained stage's options as its key holds them: how often it is saved, and how many checkpoints stay, tells on no result.
+
+    These count as their defaults, so that a job that is preempted more often than was thought goes on with more saves.
+    """
+    return options.model_copy(update={name: TrainOptions.model_fields[name].default for name in ("save_steps", "keep")}).model_dump()
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ class FoldPlan:
         if stage in ("visual", "audio"):
             options: VisualOptions | AudioOptions = recipe.visual if stage == "visual" else recipe.audio
             data = {part: self.parts[part].index_hash for part in ("train", "validation")}
-            settings = options.model_dump(), recipe.engine.model_dump(), recipe.seed, recipe.label
+            settings = telling(options), recipe.engine.model_dump(), recipe.seed, recipe.label
             return make_key(stage, *settings, data, self._manifest(), digest(options))
         if stage == "features":
             data = {part: shards.index_hash for part, shards in self.parts.items()}
@@ -73,7 +81,7 @@ class FoldPlan:
     def fusion_key(self, model: FusionModel, seed: int) -> str:
         """The key of the training of one fusion model with one seed."""
         beside = {"model", "seeds", "baselines", "baseline_folds", *(() if model == "jmt" else ("jmt",))}
-        options = self.recipe.fusion.model_dump(exclude=beside)
+        options = {name: value for name, value in telling(self.recipe.fusion).items() if name not in beside}
         return make_key("fusion", model, seed, options, self.recipe.engine.model_dump(), self.recipe.seed, self.key("features"))
 
     def _manifest(self) -> str:

@@ -49,6 +49,10 @@ def changed(one: dict[str, str], other: dict[str, str]) -> set[str]:
         # how fast, how often or beside what else it is done changes no result
         ("data.prefetch=5", set()),
         ("features.batch=3", set()),
+        ("visual.save_steps=50", set()),
+        ("audio.keep=1", set()),
+        ("fusion.save_steps=0", set()),
+        ("finetuning.keep=7", set()),
         ("fusion.seeds=[0,1,2]", set()),
         ("fusion.baselines=[lstm]", set()),
         ("evaluate.bootstrap=7", set()),

@@ -177,6 +177,7 @@ def test_the_step_of_a_refused_checkpoint_is_saved_anew(tmp_path: Path) -> None:
 def results(rank: int, folder: Path) -> list[Any]:
     """A finished stage whose result or best weights are damaged, started again; at last without a checkpoint."""
     whole = test_stage.run(rank, folder, 1, 0)["result"]
+    assert test_stage.run(rank, folder.with_name("seldom"), 1, 0, save_steps=0, keep=1)["result"] == whole  # keys count on it
     best, done = folder / "best.safetensors", folder / "done.json"
     data, found = best.read_bytes(), []
     for path, damage in ((done, cut), (done, Path.unlink), (best, flip), (best, cut), (best, Path.unlink)):
