@@ -7,9 +7,10 @@ strings into numbers.
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 OFFICIAL = "official"
 STAGES = ("visual", "audio", "features", "fusion", "evaluate")
@@ -27,6 +28,8 @@ Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 # YAML reads `time: 90` and `account: 1234` as numbers; here they are words
 Word = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+# not every shell replaces the ~ of out=~/shards: packing would make a folder of that name
+Place = Annotated[Word, AfterValidator(os.path.expanduser)]
 Phases = Annotated[list[Annotated[int, Field(ge=0, le=3)]], Field(min_length=1)]
 Offsets = Annotated[list[Annotated[int, Field(ge=0, le=7)]], Field(min_length=1)]
 
@@ -287,7 +290,7 @@ class Site(Options):
 class FixtureOptions(Options):
     """The synthetic Aff-Wild2 (DESIGN section 13)."""
 
-    out: str = Field(description="folder to write, new or made by this program")
+    out: Place = Field(description="folder to write, new or made by this program")
     units: Annotated[int, Field(ge=3)] = Field(24, description="annotated units in train and validation together")
     test_units: Count = Field(2, description="units without labels")
     rows: Annotated[int, Field(ge=64)] = Field(256, description="label rows per unit")
@@ -301,14 +304,14 @@ class FixtureOptions(Options):
 class PackOptions(Options):
     """Packing into shards (DESIGN section 6)."""
 
-    source: str = Field(description="root folder of the dataset")
-    out: str = Field(description="folder for the shards")
+    source: Place = Field(description="root folder of the dataset")
+    out: Place = Field(description="folder for the shards")
     audio: Literal["wav", "flac"] = Field("wav", description="wav is faster to decode, flac 40 % smaller")
     samples_per_shard: Positive = Field(256, description="samples per tar")
     seed: Count = Field(0, description="seed of the global sample order")
     folds: FoldOptions = Field(FoldOptions(), description="fold indexes written beside the shards")
     workers: Positive = Field(2, description="processes, per job where site is given")
-    site: str = Field("", description="site file, as in slurm/sites/: pack by its jobs, site.parallel at a time; empty: here")
+    site: Place = Field("", description="site file, as in slurm/sites/: pack by its jobs, site.parallel at a time; empty: here")
     wait: bool = Field(True, description="with a SLURM site: wait for the jobs and print the report")
     strict: bool = Field(False, description="stop at the first input error instead of leaving the unit out")
     dry: bool = Field(False, description="only report inventory, space and time")
@@ -317,15 +320,15 @@ class PackOptions(Options):
 class VerifyOptions(Options):
     """Verification of shards (DESIGN section 6)."""
 
-    shards: str = Field(description="folder written by pack_shards.py")
-    against: str = Field("", description="dataset root: also compare every strip with its source files")
+    shards: Place = Field(description="folder written by pack_shards.py")
+    against: Place = Field("", description="dataset root: also compare every strip with its source files")
     workers: Positive = Field(2, description="processes")
 
 
 class ShowOptions(Options):
     """Looking at one sample of a shard folder."""
 
-    shards: str = Field(description="folder written by pack_shards.py")
+    shards: Place = Field(description="folder written by pack_shards.py")
     key: str = Field("", description="key of the sample, <unit>-<segment>-<phase>; empty: the first sample of the folder")
     offset: Annotated[int, Field(ge=0, le=7)] = Field(7, description="which subsequence is drawn: where in the strip it starts")
-    out: str = Field("", description="PNG to write; empty: <key>.png in the current folder")
+    out: Place = Field("", description="PNG to write; empty: <key>.png in the current folder")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jmt_dist.affwild2.folds import Folds, UnitSummary, read_folds
-from jmt_dist.config import FoldOptions
+from jmt_dist.config import FoldOptions, PackOptions
 from jmt_dist.data.sample import GEOMETRY
 from jmt_dist.errors import UserError
 
@@ -114,13 +115,13 @@ def read_manifest(shards: Path) -> Manifest:
     """The manifest of a shard folder. Raises UserError: no such folder, packing not finished, another version or geometry."""
     shards = Path(shards)
     if not shards.is_dir():
-        raise UserError(f"there is no shard folder {shards}", f"Pack it: {PACK} source=<dataset> out={shards}")
+        raise UserError(f"there is no shard folder {shards}", f"Pack it: {pack_command(shards)}")
     path = shards / MANIFEST
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         version, geometry = data["version"], data["geometry"]
     except FileNotFoundError:
-        raise UserError(f"{shards} has no {MANIFEST}", f"Pack it, or let packing finish: {PACK} source=<dataset> out={shards}") from None
+        raise UserError(f"{shards} has no {MANIFEST}", f"Pack it, or let packing finish: {pack_command(shards)}") from None
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path} cannot be read as a manifest", "Restore it, or pack into a new folder.") from None
     if version != VERSION:
@@ -169,13 +170,19 @@ def damage_of(tar: Path, shard: Shard, reads: bool, made: str = "packed") -> str
 
 
 def pack_command(shards: Path, folds: FoldOptions | None = None) -> str:
-    """The command that completes a shard folder, with its source where the report tells it."""
+    """The command that completes a shard folder, with its source where the report tells it, and its options where the manifest does."""
+    source, options = _told(shards / REPORT, "source"), _told(shards / MANIFEST, "options") or {}
+    words = [f"{name}={value}" for name, value in options.items() if value != PackOptions.model_fields[name].default]
+    words += [f"folds.policy={folds.policy}", f"folds.seed={folds.seed}"] if folds else []
+    first = shlex.quote(f"source={source}") if source else "source=<dataset>"
+    return " ".join([PACK, first, *map(shlex.quote, [f"out={shards}", *words])])
+
+
+def _told(path: Path, key: str) -> Any:
     try:
-        source = json.loads((shards / REPORT).read_text(encoding="utf-8"))["source"]
+        return json.loads(path.read_text(encoding="utf-8"))[key]
     except (OSError, ValueError, KeyError, TypeError):
-        source = "<dataset>"
-    words = f"{PACK} source={source} out={shards}"
-    return words if folds is None else f"{words} folds.policy={folds.policy} folds.seed={folds.seed}"
+        return None
 
 
 def fold_folder(shards: Path, folds: FoldOptions) -> Path:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -12,11 +14,13 @@ import numpy as np
 import pytest
 from nvidia.dali import fn, pipeline_def, types
 
-from jmt_dist.config import FoldOptions
+from jmt_dist.config import FoldOptions, PackOptions
+from jmt_dist.data.pack import pack
 from jmt_dist.data.sample import key, parse_key
 from jmt_dist.data.shards import ShardSet, fold_shards, open_shards
 from jmt_dist.data.tars import parse_index
 from jmt_dist.errors import UserError
+from jmt_dist.recipe import build, word_layer
 
 FOLDS = FoldOptions()
 NAMES = ("official", "fold-1", "fold-2", "fold-3", "fold-4", "fold-5")
@@ -109,6 +113,20 @@ def test_what_is_not_there_is_named(packed: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"folds train-only with seed 5 .*\(there: train\+validation-0\)") as error:
         fold_shards(packed, FoldOptions(policy="train-only", seed=5), "official", "train")
     assert "source=/" in error.value.remedy and error.value.remedy.endswith("folds.policy=train-only folds.seed=5")
+
+
+def test_the_command_that_makes_a_lost_tar_again_can_be_pasted_and_does_it(tree: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "Aff Wild's", tmp_path / "my shards"
+    shutil.copytree(tree, source, copy_function=os.link)
+    pack(PackOptions(source=str(source), out=str(out), audio="flac", samples_per_shard=8, workers=1), say=lambda line: None)
+    lost = out / "00003.tar"
+    lost.unlink()
+    with pytest.raises(UserError, match=r"00003\.tar is missing") as error:
+        open_shards(out)
+    program, script, *words = shlex.split(error.value.remedy.removeprefix("Pack what is missing: "))
+    assert (program, script) == ("python", "shards/pack_shards.py")
+    pack(build(PackOptions, [word_layer(word) for word in words]), say=lambda line: None)
+    assert lost.is_file() and open_shards(out).options["audio"] == "flac"
 
 
 def test_an_empty_part_is_an_error(packed: Path, tmp_path: Path) -> None:
