@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +23,26 @@ def run_folders(folder: Path) -> list[Path]:
     return [run.out for run in ranked([read_run(path.parent) for path in sorted(folder.glob("*/recipe.yaml"))])]
 
 
+def distinct(runs: Sequence[RunResult]) -> list[RunResult]:
+    """Runs of one name are also called by their folders: rows called alike could not be told apart, and a figure would lose one."""
+    names = [run.name for run in runs]
+    for folders in ([run.out.name for run in runs], [str(run.out) for run in runs]):
+        often = Counter(names)
+        names = [f"{run.name}: {at}" if often[name] > 1 else name for run, name, at in zip(runs, names, folders, strict=True)]
+    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+
+
 def paths(folders: Sequence[Path]) -> list[RunResult]:
-    """Run folders, and the run folders inside those that are a sweep's. Raises UserError as `read_run`."""
+    """Run folders, and the run folders inside those that are a sweep's, `distinct`. Raises UserError as `read_run`."""
     found = []
     for folder in folders:
         inner = [] if (folder / RECIPE).is_file() else run_folders(folder)
         found += [read_run(path) for path in inner or [folder]]
-    return found
+    return distinct(found)
 
 
 def stored(uri: str, experiments: Sequence[str], tags: Mapping[str, str], scratch: Path) -> list[RunResult]:
-    """The runs of an MLflow store in `experiments` (empty: all) that carry all `tags`, oldest first; runs of folds are theirs.
+    """The runs of an MLflow store in `experiments` (empty: all) that carry all `tags`, oldest first, `distinct`; runs of folds are theirs.
 
     A run whose folder (tag `folder`) is there is read from it. Of others recipe, scores and predictions come out of the store,
     into `<scratch>/<experiment>-<first digits of the run's id>`. Raises UserError where the store does not answer, has no such
@@ -55,7 +66,7 @@ def stored(uri: str, experiments: Sequence[str], tags: Mapping[str, str], scratc
     if not found:
         asked = ", ".join([*experiments, *(f"{key}={value}" for key, value in tags.items())]) or "of this package"
         raise UserError(f"no run of {uri} is {asked}", "Look at the tags of its runs in MLflow.")
-    return found
+    return distinct(found)
 
 
 def _is_experiment(run: Any) -> bool:

@@ -176,6 +176,19 @@ def test_every_form_says_against_what(zoo, tmp_path, capsys):
     assert not (tmp_path / "best" / "ranking.csv").exists()
 
 
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    for place, noise in (("a/one", 0.2), ("a/two", 0.4), ("b/two", 0.6)):
+        metrics = make(tmp_path / place, "paper", noise) / "official" / "metrics.json"
+        metrics.write_text(json.dumps({**json.loads(metrics.read_text()), "withheld": {"audio": {"average": 0.1}}}))
+    make(tmp_path / "other", "other", 0.3)
+    runs = paths([tmp_path / "a" / "one", tmp_path / "a" / "two", tmp_path / "b", tmp_path / "other"])
+    names = ["paper: one", f"paper: {tmp_path}/a/two", f"paper: {tmp_path}/b/two", "other"]
+    assert [run.name for run in runs] == names
+    made = {table.title: [row[0] for row in table.rows] for table in compare_runs(runs, tmp_path / "both").tables}
+    assert made["Runs compared"] == names and made["A missing modality, and attention, on fold official"] == names
+    assert [run.name for run in paths([tmp_path / "a"])] == ["paper: one", "paper: two"]
+
+
 def test_holm_is_holm():
     p = [0.04, 0.001, 0.03, None, 0.2]
     found = [rank.adjusted for rank in adjust([Rank(str(i), Score(0, 0, 0), None, value) for i, value in enumerate(p)])]
