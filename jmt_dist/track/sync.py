@@ -162,10 +162,12 @@ def _name(out: Path) -> str:
 
 def _end(spool: Path, client: Any, run_id: str) -> None:
     """Close the run of a job that was killed before it could say so, by what the scheduler wrote into status.json."""
-    states = [record["z"] for _, record in read_records(spool) if record and "z" in record]
     end = ENDS.get(_state(spool.parent), "")
+    if not end:  # a spool takes seconds to read by the end of a long fold, and a watcher comes every five
+        return
+    states = [record["z"] for _, record in read_records(spool) if record and "z" in record]
     goes_on = ("RUNNING", "SCHEDULED")
-    if end and states and states[-1] in goes_on and client.get_run(run_id).info.status in goes_on:
+    if states and states[-1] in goes_on and client.get_run(run_id).info.status in goes_on:
         client.set_terminated(run_id, end)
 
 

@@ -230,7 +230,7 @@ def test_program_ranks_a_sweep_and_writes_every_form(sweep, tmp_path):
 
 
 def test_latex_escapes_and_sets_the_best_bold():
-    table = Table("A_b & c", ("run", "x %"), (("a_1", "0.5 ± 0.1"), ("b#", "−0.2")), frozenset({(0, 1)}), "100 % {x}")
+    table = Table("A_b & c", ("run", "x %"), (("a_1", "0.5 ± 0.1"), ("b#", "−0.2 → 1")), frozenset({(0, 1)}), "100 % {x}")
     assert latex(table, "tab:x").splitlines() == [
         r"\begin{table}",
         r"  \centering",
@@ -241,7 +241,7 @@ def test_latex_escapes_and_sets_the_best_bold():
         r"    run & x \% \\",
         r"    \midrule",
         r"    a\_1 & \textbf{0.5 $\pm$ 0.1} \\",
-        r"    b\# & $-$0.2 \\",
+        r"    b\# & $-$0.2 $\to$ 1 \\",
         r"    \bottomrule",
         r"  \end{tabular}",
         r"\end{table}",
