@@ -145,7 +145,8 @@ def latex(table: Table, label: str) -> str:
 
 _TEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "–": "--", "−": "$-$", "Δ": r"$\Delta$", "→": r"$\to$", "<": "$<$", ">": "$>$",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "±": r"$\pm$", "–": "--", "−": "$-$", "Δ": r"$\Delta$", "→": r"$\to$", "<": "$<$", ">": "$>$",
 }  # fmt: skip
 
 
