@@ -36,15 +36,15 @@ def stored_files(run: RunResult, part: Part, folds: Sequence[str], model: str = 
     Raises UserError where a fold asked for has none, or no fold has.
     """
     name = model_of(run, model)
-    remedy = f"Run the evaluate stage{' with evaluate.test=true' if part == 'test' else ''} first."
+    how = "stages=[features,evaluate] evaluate.test=true first: nothing is trained again" if part == "test" else "the evaluate stage first"
     found: list[Path] = []
     for fold in folds or FOLDS:
         files = run.predictions(fold, name, FILES[part])
         if not files and folds:
-            raise UserError(f"fold {fold} of {run.out} has no {part} predictions of {name}", remedy)
+            raise UserError(f"fold {fold} of {run.out} has no {part} predictions of {name}", f"Run {how}.")
         found += files
     if not found:
-        raise UserError(f"{run.out} has no {part} predictions of {name}", remedy)
+        raise UserError(f"{run.out} has no {part} predictions of {name}", f"Run {how}.")
     return found
 
 

@@ -48,7 +48,7 @@ def already_whole(plan: FoldPlan, folder: Path, key: str, parts: Iterable[str]) 
         return False
     damaged = damage_of_features(plan, folder, parts)
     if damaged and rank() == 0:
-        print(f"{damaged}: what it held is computed again", flush=True)
+        print(f"{damaged}: what is not stored whole is computed now", flush=True)
         (folder / "done.json").unlink()  # only its tars that are whole are gone on with
     return not damaged
 

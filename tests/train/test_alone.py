@@ -16,8 +16,9 @@ import pytest
 from jmt_dist.config import PackOptions
 from jmt_dist.data.pack import pack
 from jmt_dist.errors import UserError
+from jmt_dist.evaluate.predict import read_predictions
 from tests.data.test_features import flip
-from tests.data.tree import write_unit
+from tests.data.tree import write_test_unit, write_unit
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -54,12 +55,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
     for k in range(7):
         write_unit(folder / "tree", f"u{k}", 70, k, "Train_Set" if k < 5 else "Validation_Set")
+    write_test_unit(folder / "tree", "u7", 70, 7)
     pack(PackOptions(source=str(folder / "tree"), out=str(folder / "shards"), workers=1), say=lambda line: None)
     return folder
 
 
 def in_turn(rank: int, place: Path) -> list[tuple[str, str, list[str]]]:
-    """(stage, its error, the stages that then have a result) of stages out of their turn and in it."""
+    """(stage, its error, the stages that then have a result) of stages out of their turn and in it; at last, of the test units."""
     found = []
     out_of_turn = ["fusion", "features", "evaluate", "visual", "features", "fusion", "audio", "fusion", "features", "evaluate"]
     for stage in (*out_of_turn, "fusion", "evaluate"):
@@ -72,7 +74,19 @@ def in_turn(rank: int, place: Path) -> list[tuple[str, str, list[str]]]:
         there = sorted({path.relative_to(place / "whole" / "official").parts[0] for path in (place / "whole").rglob("done.json")})
         found.append((stage, error, there))
     error, _ = run(place, "whole", "evaluate", "fusion.optimizer.lr=0.5")
-    return [*found, ("evaluate of other options", error, [])]
+    found.append(("evaluate of other options", error, []))
+    trained = ages(place / "whole")
+    for stages in ("evaluate", "features", "evaluate"):
+        error, log = run(place, "whole", stages, "evaluate.test=true")
+        found.append((f"{stages} of test units", error, log.splitlines()))
+    assert trained.items() <= ages(place / "whole").items()
+    return found
+
+
+def ages(out: Path) -> dict[str, int]:
+    """When what test units do not change was made."""
+    paths = [*out.rglob("best.safetensors"), *tars(out, "train"), *tars(out, "validation")]
+    return {str(path): path.stat().st_mtime_ns for path in paths}
 
 
 def test_each_stage_runs_by_itself_and_names_the_stage_that_must_be_run_before_it(place: Path) -> None:
@@ -93,7 +107,11 @@ def test_each_stage_runs_by_itself_and_names_the_stage_that_must_be_run_before_i
         f"{none}features] first.",
         "",
     ]
-    assert said[9:] == [no_fusion, "", "", no_fusion]  # at last: never the weights of another recipe
+    assert said[9:13] == [no_fusion, "", "", no_fusion]  # at last: never the weights of another recipe
+    lacking = "OUT/features holds no features of part test"
+    assert said[13].startswith(f"{lacking}. Run the features stage of this fold again: only samples that are not") and said[14:] == ["", ""]
+    assert f"{place}/whole/official/features holds no features of part test: what is not stored whole is computed now" in steps[14][2]
+    assert set(read_predictions(place / "whole/official/evaluate/concat-seed0/test.parquet")) == {"u7"}
     assert [there for _, _, there in steps[:3]] == [[]] * 3 and steps[8][2] == ["audio", "features", "visual"]
     assert steps[11][2] == ["audio", "evaluate", "features", "fusion", "visual"]
     assert json.loads((place / "whole/official/metrics.json").read_text())["frames"] == 140
@@ -151,7 +169,7 @@ def test_features_that_are_not_as_they_were_stored_are_refused_and_what_they_hel
     for case in cases:
         assert case["fusion"].startswith(f"{case['first']}. {again}"), case
         assert case["evaluate"].startswith(f"{case['late']}. {again}"), case
-        assert case["error"] == "" and f"{case['first']}: what it held is computed again\n" in case["log"], case
+        assert case["error"] == "" and f"{case['first']}: what is not stored whole is computed now\n" in case["log"], case
         assert case["metrics"] == wanted
     # with two ranks one of them reads, and both say it
     fresh = tmp_path / "flip"
