@@ -61,6 +61,10 @@ def main(words: list[str]) -> int:
         raise UsageError("`media` goes with `crops`", "Name the folder of face crops too.")
     if options.crops and (options.sample or options.also or options.smooth):
         raise UsageError("`crops` is new material: `sample`, `also` and `smooth` are for stored predictions", "Leave one of them out.")
+    if options.crops and len(options.folds) > 1:
+        raise UsageError("new material is predicted by the networks of one fold", "Write one, as folds=[fold-1].")
+    if options.smooth and max(options.smooth_valence, options.smooth_arousal) > 1:
+        raise UsageError("`smooth=chosen` chooses the windows that `smooth_valence` and `smooth_arousal` set", "Leave one of them out.")
     return _new(options) if options.crops else _stored(options)
 
 
@@ -108,6 +112,9 @@ def _new(options: PredictOptions) -> int:
     from jmt_dist.evaluate.predict import UnitPrediction
 
     estimator = load_estimator(Path(options.out), (options.folds or ["official"])[0], options.model, options.seed)
+    own = estimator.source  # an exported folder's is what it is, whatever was asked for
+    if options.folds not in ([], [own.fold]) or options.model not in ("", own.model) or options.seed not in (-1, own.seed):
+        raise UsageError(f"{options.out} is {own.model} of fold {own.fold}, seed {own.seed}", "Leave out `folds`, `model` and `seed`.")
     material = read_material(Path(options.crops), Path(options.media) if options.media else None, options.fps)
     for line in material.notes:
         print(line, flush=True)

@@ -18,7 +18,7 @@ from jmt_dist.config import FoldOptions, PackOptions, Recipe
 from jmt_dist.data.pack import pack
 from jmt_dist.data.pipeline import ClipLoader, clips
 from jmt_dist.data.shards import fold_shards
-from jmt_dist.errors import UserError
+from jmt_dist.errors import UsageError, UserError
 from jmt_dist.evaluate.estimator import Estimator, load_estimator, run_source
 from jmt_dist.evaluate.export import export_folder
 from jmt_dist.evaluate.material import read_material
@@ -139,6 +139,9 @@ sys.exit(f"loaded {{heavy}}" if heavy else 0)
     assert set(text["files"]) == {p.name for p in folder.iterdir()} - {"model.json"} and len(text["files"]) == 7
     assert all(difference < 1e-4 for difference in text["onnx_differences"].values()) and len(text["onnx_differences"]) == 3
     agree_with_onnx(folder, models)
+    for word in ("folds=[fold-1]", "model=gated", "seed=0"):
+        with pytest.raises(UsageError, match=r"is jmt of fold official, seed 3"):
+            main_of("predict_units")([f"out={folder}", f"crops={crops}", f"to={tmp_path}/no.parquet", word])
     damaged(folder)
 
 

@@ -126,6 +126,8 @@ def test_predict_refuses_in_one_line(run, tmp_path):
         (["challenge=x.txt"], "`challenge` needs `sample`"),
         (["media=x.mp4"], "`media` goes with `crops`"),
         (["crops=x", "smooth=chosen"], "`crops` is new material"),
+        (["crops=x", "folds=[official,fold-1]"], "the networks of one fold"),
+        (["smooth=chosen", "smooth_arousal=9"], "`smooth=chosen` chooses the windows"),
     ]:
         with pytest.raises(UsageError, match=message):
             main([f"out={out}", to, *words])
