@@ -217,7 +217,7 @@ def _short(root: Path, path: Path) -> str:
 def _labels(root: Path, found: _Found, problems: list[Problem]) -> dict[str, tuple[str, Path]]:
     """Label file and split of every labelled unit, from the one annotation folder whose name speaks for it most.
 
-    Of folders whose names speak alike, that of the newest edition (`6th_ABAW_Annotations/…`): their labels differ.
+    Of folders whose names speak alike, that of the newest edition (`6th ABAW Annotations/…`): their labels differ.
     """
 
     def rank(folder: Path) -> tuple[bool, bool, int, int]:
@@ -267,8 +267,8 @@ def _files(folder: Path, depth: int = 0) -> Iterator[Path]:
 
 
 def _edition(name: str) -> int:
-    """The number of the challenge's edition that a name tells (`CVPR_6th_ABAW_…`), 0 where it tells none."""
-    return max((int(number) for number in re.findall(r"([0-9]+)(?:st|nd|rd|th)_", name)), default=0)
+    """The number of the challenge's edition that a name tells (`CVPR_6th_ABAW_…`, `10th ABAW Annotations`), 0 where it tells none."""
+    return max((int(number) for number in re.findall(r"([0-9]+)(?:st|nd|rd|th)(?![a-z])", name.lower())), default=0)
 
 
 def _newest(root: Path, paths: list[Path], what: str, problems: list[Problem]) -> Path | None:

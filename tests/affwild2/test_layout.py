@@ -58,9 +58,10 @@ def test_two_annotation_folders_are_never_mixed(tmp_path: Path) -> None:
     assert ("", expected) in sentences(dataset)
 
 
-def test_of_several_editions_the_newest_labels_are_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["{}_ABAW_Annotations", "{} ABAW Annotations", "abaw-{}"])
+def test_of_several_editions_the_newest_labels_are_read(tmp_path: Path, name: str) -> None:
     for edition, rows in (("6th", 6), ("10th", 10), ("9th", 9)):
-        labels(tmp_path / f"{edition}_ABAW_Annotations/VA_Estimation_Challenge/Train_Set/a.txt", rows)
+        labels(tmp_path / f"{name.format(edition)}/VA_Estimation_Challenge/Train_Set/a.txt", rows)
     labels(tmp_path / "VA_Estimation_Challenge/Train_Set/a.txt", 3)  # which edition, nobody knows
     dataset = find_dataset(tmp_path)
     assert [unit.rows for unit in dataset.units] == [10]
