@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from jmt_dist.model.attention import Attention, Observer
 from jmt_dist.model.cross import CrossAttentions
+from jmt_dist.model.zoo_attention import LeaderFollower
 
 LOW, HIGH = 0.05, 0.95  # a weight outside is saturated: a sigmoid's slope there is less than a fifth of its largest
 
@@ -56,7 +57,7 @@ def watch_saturation(model: nn.Module) -> Iterator[Saturation]:
 
         return observer
 
-    modules = {name: module for name, module in model.named_modules() if isinstance(module, Attention | CrossAttentions)}
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, Attention | CrossAttentions | LeaderFollower)}
     before = {name: module.observer for name, module in modules.items()}
     for name, module in modules.items():
         module.observer = observe(name)

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from jmt_dist.model.attention import LENGTH, WIDTH
+from jmt_dist.model.attention import LENGTH, WIDTH, Observer
 from jmt_dist.model.fusion import FusionModel
 from jmt_dist.model.heads import FusionHead, linear
 from jmt_dist.model.zoo_temporal import TemporalNetwork
@@ -78,6 +78,7 @@ class LeaderFollower(FusionModel):
         for layer in self.key:
             nn.init.xavier_uniform_(cast(Tensor, layer.weight))
         self.head = FusionHead(3 * ENCODED)
+        self.observer: Observer | None = None
 
     def fuse(self, audio: Tensor, visual: Tensor, mask: Tensor | None) -> Tensor:
         """[B, L, 512] × 2 → [B, L, 2]."""
@@ -86,5 +87,9 @@ class LeaderFollower(FusionModel):
             torch.stack([layer(stream) for layer, stream in zip(layers, streams, strict=True)], 2)
             for layers in (self.query, self.key, self.value)
         )  # [B, L, 2, d]
-        attended = (query @ key.transpose(-1, -2) / math.sqrt(ENCODED)).softmax(-1) @ value
+        weights = (query @ key.transpose(-1, -2) / math.sqrt(ENCODED)).softmax(-1)
+        if self.observer is not None:
+            valid = weights.detach().flatten(0, 1) if mask is None else weights.detach()[mask]
+            self.observer(valid[:, None], None, "")  # [clips, heads, 2, 2]: a clip attends by itself
+        attended = weights @ value
         return cast(Tensor, self.head(torch.cat((streams[0], attended.flatten(2)), -1)))

@@ -13,6 +13,7 @@ from jmt_dist.config import FUSION_MODELS, FusionOptions, JmtOptions
 from jmt_dist.model.attention import Attention
 from jmt_dist.model.cross import CrossAttentions
 from jmt_dist.model.fusion import JMT
+from jmt_dist.model.saturation import watch_saturation
 from jmt_dist.model.zoo import make_fusion
 from jmt_dist.model.zoo_recurrent import run_recurrent
 from jmt_dist.model.zoo_temporal import TemporalNetwork
@@ -204,6 +205,28 @@ def test_lfan_attends_over_the_two_modalities_of_a_clip() -> None:
     joined = np.concatenate((streams[0], attended.reshape(-1)))
     wanted = reference.targets(p, "head.targets", reference.relu(reference.linear(p, "head.joint.0", joined)))
     assert np.abs(found - wanted).max() < 1e-9
+
+
+def test_lfans_saturation_is_that_of_its_valid_clips() -> None:
+    """Weights of both modalities in NumPy, from the model's own streams, sharpened so that some are saturated and some are not."""
+    model = build("lfan").double().eval()
+    with torch.no_grad():
+        for layer in model.query:
+            layer.weight *= 8
+    audio, visual = inputs(2, torch.float64)
+    mask = torch.tensor([[True] * 8, [True, False, True, True, False, True, True, False]])
+    p = {key: value.numpy() for key, value in model.state_dict().items()}
+    for given in (None, mask):
+        with watch_saturation(model) as found, torch.no_grad():
+            y = model(audio, visual, given)
+            zeroed = (audio, visual) if given is None else (audio * mask[..., None], visual * mask[..., None])
+            streams = [model.visual(zeroed[1], given).numpy(), model.audio(zeroed[0], given).numpy()]
+        assert torch.equal(model(audio, visual, given), y) and model.observer is None
+        q, k = (np.stack([reference.linear(p, f"{part}.{i}", s) for i, s in enumerate(streams)], 2) for part in ("query", "key"))
+        scores = np.exp(q @ k.swapaxes(-1, -2) / np.sqrt(128))
+        weights = (scores / scores.sum(-1, keepdims=True))[mask.numpy() if given is not None else np.ones((2, 8), bool)]
+        wanted = np.mean((weights < 0.05) | (weights > 0.95))
+        assert found.share == pytest.approx(wanted) and 0.05 < wanted < 0.95
 
 
 def test_gated_is_the_gated_multimodal_unit() -> None:
