@@ -31,7 +31,8 @@ FORMULAS = {
     "compute": "step_ms(batch) / ranks, not below floor_ms (launches and the optimiser do not divide)",
     "allreduce": "2 (ranks - 1) / ranks * gradient_bytes / bandwidth + 2 (ranks - 1) * latency; half of it behind the backward pass",
     "data": "samples per step / ranks * cpu_ms_per_sample / cores_per_gpu; hidden behind the step: step = max(compute + allreduce, data)",
-    "hours": "sum over stages of steps * step; + features: samples * (8 offsets) * forward_ms / ranks; + start_minutes per start",
+    "validation": "of the backbones, after each epoch: samples / batch * max(compute / 3, data), since a forward pass is a third of a step",
+    "hours": "sum over stages of steps * step + epochs * validation; + features: samples * 8 * forward_ms / ranks; + start_minutes",
     "efficiency": "hours on one GPU / (GPUs * hours), of the same fold",
     "six folds": "folds run side by side on the GPUs: the best of all divisions of the GPUs into equal groups",
 }
@@ -40,8 +41,8 @@ FORMULAS = {
 class ScaleOptions(Options):
     """Inputs; those left at 0 are measured where this machine can, else taken from the assumptions in the output."""
 
-    samples: Annotated[int, Field(gt=0)] = Field(46_700, description="(unit, segment, phase) of the dataset: 2.99 million frames / 64")
-    train_share: Annotated[float, Field(gt=0, lt=1)] = Field(0.7, description="of them in the training part")
+    samples: Annotated[int, Field(gt=0)] = Field(37_600, description="of a fold's training and validation part (rehearse_full_scale.py)")
+    train_share: Annotated[float, Field(gt=0, lt=1)] = Field(0.745, description="of them in the training part: 28,000")
     visual_epochs: Annotated[float, Field(gt=0)] = Field(15, description="epochs until early stopping (at most 50)")
     audio_epochs: Annotated[float, Field(gt=0)] = Field(15, description="epochs until early stopping (at most 50)")
     fusion_epochs: Annotated[float, Field(gt=0)] = Field(5, description="epochs of the fusion")
@@ -96,8 +97,9 @@ def measure_sizes() -> dict[str, Any]:
 
 def steps_of(options: ScaleOptions) -> tuple[dict[str, float], dict[str, str]]:
     """Milliseconds of a step on one GPU by stage, and where each number is from."""
-    # of one H100-class GPU in bf16: 2 x 3 x 40.5 GFLOP a clip of 8x112x112 (x 4 for 224x224) at 35 % of 990 TFLOP/s, rounded up
-    assumed = {"visual": 60.0, "audio": 30.0, "fusion": 8.0}
+    # of one H100-class GPU in bf16: a step of 8 subsequences of 224x224 is 8 x 3.88 TFLOP (docs/performance.md), at 35 % of 990 TFLOP/s
+    # 90 ms; the others are bound by launches
+    assumed = {"visual": 90.0, "audio": 30.0, "fusion": 8.0}
     inputs, origin = {}, {}
     for stage, default in assumed.items():
         given = float(getattr(options, f"step_{stage}_ms"))
@@ -127,7 +129,8 @@ def fold_hours(options: ScaleOptions, inputs: dict[str, float], sizes: dict[str,
         compute = max(inputs[stage] / ranks, options.floor_ms if stage != "fusion" else inputs[stage])
         reduce = allreduce_ms(options, sizes[stage]["gradient_bytes"], ranks)
         data = 0.0 if stage == "fusion" else batch / ranks * options.cpu_ms_per_sample / options.cores_per_gpu
-        found[stage] = epochs * -(-train * passes // batch) * max(compute + reduce / 2, data) / 3.6e6
+        held = 0.0 if stage == "fusion" else (options.samples - train) / batch * max(compute / 3, data)
+        found[stage] = epochs * (-(-train * passes // batch) * max(compute + reduce / 2, data) + held) / 3.6e6
     forward = (inputs["visual"] / 8 + inputs["audio"] / 64) / 3  # a forward pass is about a third of a step
     found["features"] = options.samples * max(8 * forward, options.cpu_ms_per_sample / options.cores_per_gpu) / gpus / 3.6e6
     found["start"] = options.start_minutes / 60

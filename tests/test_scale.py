@@ -25,17 +25,18 @@ def test_the_model_of_hours_by_hand() -> None:
     assert set(origin.values()) == {"given"}
     hours = bench_scale.fold_hours(options, inputs, SIZES, 1)
     # 8,000 samples: 1,000 steps of 8, 125 of 64, and 8 passes of 4,000 steps of 2; data hides behind the step, 16.6 and 132.8 / 8 cores
-    assert hours["visual"] == pytest.approx(15 * 1_000 * 80 / 3.6e6)
-    assert hours["audio"] == pytest.approx(15 * 125 * max(64, 64 * 16.6 / 8) / 3.6e6)
+    # and 2,000 for validation: 250 and 31.25 forward passes of a third of a step
+    assert hours["visual"] == pytest.approx(15 * (1_000 * 80 + 250 * 80 / 3) / 3.6e6)
+    assert hours["audio"] == pytest.approx(15 * (125 + 31.25) * max(64, 64 * 16.6 / 8) / 3.6e6)
     assert hours["fusion"] == pytest.approx(5 * 32_000 * 10 / 3.6e6)
     assert hours["features"] == pytest.approx(10_000 * 8 * (80 / 8 + 64 / 64) / 3 / 3.6e6)
     assert hours["total"] == pytest.approx(sum(value for name, value in hours.items() if name != "total"))
     # four ranks of one node: 6/4 of 120 MB at 100 GB/s is 1.8 ms, and six hops of 15 us; half of it shows
     four = bench_scale.fold_hours(options, inputs, SIZES, 4)
-    assert four["visual"] == pytest.approx(15 * 1_000 * (80 / 4 + (1.8 + 0.09) / 2) / 3.6e6)
+    assert four["visual"] == pytest.approx(15 * (1_000 * (80 / 4 + (1.8 + 0.09) / 2) + 250 * 20 / 3) / 3.6e6)
     # over nodes: 14/8 of 120 MB at 20 GB/s is 10.5 ms, 14 hops; two subsequences divide over two ranks at most
     eight = bench_scale.fold_hours(options, inputs, SIZES, 8)
-    assert eight["visual"] == pytest.approx(15 * 1_000 * (80 / 8 + (10.5 + 0.21) / 2) / 3.6e6)
+    assert eight["visual"] == pytest.approx(15 * (1_000 * (80 / 8 + (10.5 + 0.21) / 2) + 250 * 10 / 3) / 3.6e6)
     assert eight["fusion"] == pytest.approx(5 * 32_000 * (10 + (1.2 + 0.03) / 2) / 3.6e6)
     row = bench_scale.model(options, inputs, SIZES, 8)
     assert row["fold_efficiency"] == pytest.approx(hours["total"] / (8 * eight["total"]))
