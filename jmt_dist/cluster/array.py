@@ -106,7 +106,7 @@ def _submit(place: Site, folder: Path, jobs: Path, name: str, steps: Steps) -> l
 
     snapshot = Path(take_snapshot(folder).path)
     submitted: list[tuple[str, list[Job[Any]]]] = []
-    with slurm.submitting():
+    with slurm.submitting(place):
         for step, calls in steps:
             executor = SlurmExecutor(jobs / step, max_num_timeout=place.tries)
             parameters = site.slurm_parameters(place, name=f"{name}-{step}", snapshot=snapshot, out=folder, teardown=[])

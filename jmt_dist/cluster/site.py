@@ -83,8 +83,9 @@ def setup_lines(site: Site, snapshot: Path, out: Path) -> list[str]:
     for name, value in job_environment(site, snapshot).items():
         tail = "${PYTHONPATH:+:$PYTHONPATH}" if name == "PYTHONPATH" else ""
         exports.append(f"export {name}={shlex.quote(value)}{tail}")
+    # where sbatch was told --export=NONE, as some sites demand, srun would hand the ranks none of this either
     # a site's lines may `set -e`; the lines after the ranks must run all the same
-    return ["umask 077", owner, *site.environment, *exports, "set +e"]
+    return ["umask 077", owner, *site.environment, *exports, "unset SLURM_EXPORT_ENV", "set +e"]
 
 
 def slurm_parameters(site: Site, *, name: str, snapshot: Path, out: Path, teardown: list[str]) -> dict[str, Any]:

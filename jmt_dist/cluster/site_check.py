@@ -172,13 +172,16 @@ def _slurm_submission(site: Site) -> Iterator[Finding]:
     """SLURM's own opinion of the job: `sbatch --test-only` on a script with the site's options."""
     from submitit.slurm.slurm import _make_sbatch_string
 
+    from jmt_dist.cluster.slurm import sbatch_defaults
+
     if shutil.which("sbatch") is None:
         return
     with tempfile.TemporaryDirectory() as folder:
         parameters = sites.slurm_parameters(site, name="check", snapshot=Path(folder), out=Path(folder), teardown=[])
         script = Path(folder) / "check.sh"
         script.write_text(_make_sbatch_string(command="true", folder=folder, **parameters))
-        answer = subprocess.run(["sbatch", "--test-only", str(script)], capture_output=True, text=True, timeout=60)
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("SBATCH_")} | sbatch_defaults(site)
+        answer = subprocess.run(["sbatch", "--test-only", str(script)], capture_output=True, text=True, timeout=60, env=environment)
     words = " ".join((answer.stderr or answer.stdout).split())
     remedy = "" if answer.returncode == 0 else "Change what it names in the site file (partition, account, qos, time, GPUs)."
     yield Finding("SLURM takes the job", "ok" if answer.returncode == 0 else "fail", words, remedy)

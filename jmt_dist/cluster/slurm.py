@@ -14,6 +14,7 @@ from typing import Any
 
 from jmt_dist.cluster import site, status
 from jmt_dist.cluster.plan import Plan
+from jmt_dist.config import Site
 from jmt_dist.errors import UserError
 
 
@@ -81,8 +82,22 @@ def scripts(arrays: list[Array], compare: bool) -> list[tuple[str, str]]:
     return found
 
 
+# variables that sbatch would take over the lines of our scripts: what these always say, and what a field of a site decides
+_ALWAYS_SAID = ("ARRAY_INX", "JOB_NAME", "NO_REQUEUE", "OPEN_MODE", "REQUEUE", "SIGNAL", "TIMELIMIT")
+_FIELDS = {"ACCOUNT": "account", "CONSTRAINT": "constraint", "PARTITION": "partition", "QOS": "qos"}
+_FIELDS |= dict.fromkeys(("GPUS", "GPUS_PER_NODE", "GRES"), "gpus_per_node")
+_FIELDS |= dict.fromkeys(("MEM_PER_CPU", "MEM_PER_GPU", "MEM_PER_NODE"), "memory_gb")
+
+
+def sbatch_defaults(place: Site) -> dict[str, str]:
+    """The user's own defaults for sbatch, `SBATCH_ACCOUNT` and the like, where the site file leaves them open."""
+    said = {*_ALWAYS_SAID, *(name for name, field in _FIELDS.items() if getattr(place, field))}
+    said |= {name.upper().replace("-", "_") for name in place.extra}
+    return {name: value for name, value in os.environ.items() if name.startswith("SBATCH_") and name.removeprefix("SBATCH_") not in said}
+
+
 @contextmanager
-def submitting() -> Iterator[None]:
+def submitting(place: Site) -> Iterator[None]:
     """The environment in which submitit may call sbatch. Raises UserError, with SLURM's own words, for what it refuses."""
     from submitit.core.utils import FailedJobError, FailedSubmissionError
     from submitit.helpers import clean_env
@@ -90,7 +105,7 @@ def submitting() -> Iterator[None]:
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
         raise UserError("sbatch and srun are not on this machine", "Submit from a login node, or use site=slurm/sites/local.yaml.")
     # where SLURM's configuration is, and the user's own defaults for sbatch: submitit would drop them with the rest
-    kept = {name: value for name, value in os.environ.items() if name == "SLURM_CONF" or name.startswith("SBATCH_")}
+    kept = sbatch_defaults(place) | {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
     try:
         with clean_env():  # a submission from within a job must not inherit that job's shape
             os.environ.update(kept)

@@ -176,12 +176,12 @@ def _submit(work: Plan) -> str:
     from jmt_dist.cluster import slurm
 
     array, jobs = slurm.of_plan(work), work.out / "jobs.json"
-    with slurm.submitting():
+    with slurm.submitting(work.site):
         identity, _ = slurm.submit_array(array)
     print(f"submitted array {identity}: {len(work.todo)} fold job(s)", flush=True)
     if work.compare:
         try:
-            with slurm.submitting():
+            with slurm.submitting(work.site):
                 compare = slurm.submit_comparison(array, identity, work.out, work.compare)
         except UserError as error:  # a partition that takes no job without a GPU, say
             print(f"missing: the comparison: {error.sentence}")

@@ -217,7 +217,7 @@ def _submit(options: SweepOptions, levels: list[list[Plan]], out: Path, compare:
 
     after = ""
     try:
-        with slurm.submitting():
+        with slurm.submitting(levels[-1][0].site):
             for array in _arrays(levels, out):
                 after, jobs = slurm.submit_array(replace(array, after=after))
                 print(f"submitted array {after}: {len(jobs)} task(s), {array.jobs.name}", flush=True)

@@ -127,7 +127,7 @@ def system_files() -> dict[str, float]:
 def cluster() -> Iterator[Path]:
     installed, before_it = shutil.which("slurmctld"), system_files()
     answer = minicluster("up")
-    assert answer.returncode == 0, answer.stderr
+    assert answer.returncode == 0 and all(line.startswith("minicluster: ") for line in answer.stderr.splitlines()), answer.stderr
     before = os.environ.get("SLURM_CONF")
     os.environ["SLURM_CONF"] = str(Path(CLUSTER["SLURM_MINICLUSTER_DIR"]) / "etc" / "slurm.conf")
     yield Path(answer.stdout.strip())

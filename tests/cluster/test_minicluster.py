@@ -15,7 +15,7 @@ from jmt_dist.cluster import network_check, site_check
 from jmt_dist.cluster.site import check, slurm_parameters
 from jmt_dist.config import Site
 from jmt_dist.recipe import load_site
-from tests.cluster.conftest import ROOT, Workplace, alive, attempts_of, minicluster, starts
+from tests.cluster.conftest import HERE, ROOT, Workplace, alive, attempts_of, minicluster, starts
 from tests.cluster.test_local import wait_for
 
 pytestmark = pytest.mark.slurm
@@ -150,6 +150,22 @@ def test_slurm_understands_every_field_of_a_site(cluster: Path, gres: bool, tmp_
     ):  # fmt: skip
         assert part in text, (part, text)
     assert "#SBATCH --gres=gpu:2" in (tmp_path / "script").read_text() or not gres
+
+
+def test_defaults_of_sbatch_neither_overrule_the_site_nor_keep_the_environment_from_the_ranks(
+    workplace: Workplace, cluster: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"EXPORT": "NONE", "PARTITION": "urgent", "TIMELIMIT": "1"}.items():
+        monkeypatch.setenv(f"SBATCH_{name}", value)
+    out = workplace.out()
+    words = [*WORDS, "site.time=00:10:00", f"site.environment=['export PYTHONPATH={HERE}:{ROOT}']", "site.tries=1"]
+    code, text = workplace.submit(out, *words, "folds=[official]", "compare=false")
+    assert code == 0, text
+    said = subprocess.run(["scontrol", "show", "job", "-o", job_of(out, "official")], capture_output=True, text=True).stdout
+    assert "Partition=mini" in said and "TimeLimit=00:10:00" in said
+    wait_for(lambda: (out / "official" / "status.json").exists() and status_of(out) in ("done", "failed"), 120)
+    assert status_of(out) == "done", (out / "official" / "status.json").read_text()
+    assert starts(out)[0]["code"].startswith(str(out / "snapshot"))
 
 
 def test_editing_the_checkout_changes_nothing_in_a_queued_job(workplace: Workplace, cluster: Path, tmp_path: Path) -> None:

@@ -79,7 +79,8 @@ def test_every_field_of_a_site_reaches_the_script() -> None:
         assert f"\n#SBATCH {line}\n" in script, line
     assert "wckey" not in script
     lines = script.splitlines()
-    order = ["umask 077", "module load cuda", "export PYTHONPATH='/s n'${PYTHONPATH:+:$PYTHONPATH}", "export OMP_NUM_THREADS=8", "set +e"]
+    order = ["umask 077", "module load cuda", "export PYTHONPATH='/s n'${PYTHONPATH:+:$PYTHONPATH}", "export OMP_NUM_THREADS=8"]
+    order += ["unset SLURM_EXPORT_ENV", "set +e"]
     places = [lines.index(line) for line in order]
     run = next(index for index, line in enumerate(lines) if line.startswith("srun "))
     assert places == sorted(places) and places[-1] < run < lines.index("code=$?")
@@ -230,10 +231,19 @@ def test_the_comparison_has_a_row_and_its_failure_is_shown(tmp_path: Path, slurm
     assert watch.watch(tmp_path, lines=5) == 0
 
 
+def test_a_variable_of_sbatch_does_not_overrule_the_site_file(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"ACCOUNT": "theirs", "QOS": "low", "TIMELIMIT": "1", "RESERVATION": "r", "GRES": "gpu:1", "MAIL_TYPE": "ALL"}
+    for name, value in given.items():
+        monkeypatch.setenv(f"SBATCH_{name}", value)
+    with slurm_queue.submitting(Site(account="mine", extra={"mail-type": "END"})):
+        left = {name.removeprefix("SBATCH_"): value for name, value in os.environ.items() if name.startswith("SBATCH_")}
+    assert left == {"QOS": "low", "RESERVATION": "r", "GRES": "gpu:1"}  # what the site leaves open
+
+
 def test_too_many_tasks_for_an_array_name_the_limit(slurm: Path) -> None:
     from submitit.core.utils import FailedJobError
 
-    with pytest.raises(UserError, match="MaxArraySize"), slurm_queue.submitting():
+    with pytest.raises(UserError, match="MaxArraySize"), slurm_queue.submitting(Site()):
         raise FailedJobError("sbatch: error: Batch job submission failed: Invalid job array specification")
 
 
