@@ -38,14 +38,14 @@ def compare_sweep(out: Path) -> None:
 
 def _ship(out: Path, uri: str = "") -> None:
     from jmt_dist.cluster.tracking import close_lost
-    from jmt_dist.track.sync import left, sync
+    from jmt_dist.track.sync import left, sync, unclosed
 
     try:
         lost = close_lost(out)
     except UserError as error:
         lost = []
         print(f"tracking: {error}", file=sys.stderr)
-    if left(out) or lost:
+    if left(out) or lost or unclosed(out):
         try:
             for fold in sync(out, uri):
                 if fold.problem:

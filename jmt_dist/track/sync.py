@@ -30,6 +30,7 @@ from jmt_dist.track.tracker import (
 
 LOCK = "parent_run.lock"
 ENDS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}  # status.json of a fold to MLflow's states
+GOES_ON = ("RUNNING", "SCHEDULED")
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,11 @@ def _parent(out: Path, store: str, spools: list[Path]) -> ParentRun | None:
 def left(out: Path) -> int:
     """Records in the spools of `out` that are not stored yet."""
     return sum(unsent(path.parent, load_run(path.parent)[1]) for path in out.glob(f"*/spool/{EVENTS}"))
+
+
+def unclosed(out: Path) -> bool:
+    """Whether a fold has ended without a last word of its own: everything may be stored, and its run still be open."""
+    return any(_unsaid(path.parent) for path in out.glob(f"*/spool/{EVENTS}"))
 
 
 def finished(out: Path) -> bool:
@@ -162,13 +168,18 @@ def _name(out: Path) -> str:
 
 def _end(spool: Path, client: Any, run_id: str) -> None:
     """Close the run of a job that was killed before it could say so, by what the scheduler wrote into status.json."""
+    end = _unsaid(spool)
+    if end and client.get_run(run_id).info.status in GOES_ON:
+        client.set_terminated(run_id, end)
+
+
+def _unsaid(spool: Path) -> str:
+    """The end of a fold by its status.json, where its own last word in the spool is that it goes on; else ""."""
     end = ENDS.get(_state(spool.parent), "")
     if not end:  # a spool takes seconds to read by the end of a long fold, and a watcher comes every five
-        return
+        return ""
     states = [record["z"] for _, record in read_records(spool) if record and "z" in record]
-    goes_on = ("RUNNING", "SCHEDULED")
-    if states and states[-1] in goes_on and client.get_run(run_id).info.status in goes_on:
-        client.set_terminated(run_id, end)
+    return end if states and states[-1] in GOES_ON else ""
 
 
 def _state(fold: Path) -> str:

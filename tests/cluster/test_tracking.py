@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,9 +18,11 @@ from jmt_dist.cluster.snapshot import Snapshot
 from jmt_dist.cluster.status import read_json, read_status, update_status, write_json
 from jmt_dist.cluster.submit import make_plan
 from jmt_dist.errors import UserError
-from jmt_dist.recipe import load_recipe, load_site
-from jmt_dist.track.sync import sync
-from jmt_dist.track.tracker import connect, load_run
+from jmt_dist.recipe import dump, load_recipe, load_site
+from jmt_dist.track.replay import replay
+from jmt_dist.track.spool import Spool
+from jmt_dist.track.sync import left, sync
+from jmt_dist.track.tracker import ParentRun, connect, create_child, load_run, save_run
 from tests.cluster import fakeslurm
 from tests.cluster.conftest import Workplace
 from tests.cluster.test_slurm import slurm  # noqa: F401
@@ -95,6 +98,24 @@ def test_without_a_uri_slurm_jobs_only_spool_and_one_process_writes(workplace: W
     sync(out)
     run = client.get_run(runs["fold-2"].info.run_id)
     assert run.info.status == "FINISHED" and len(client.get_metric_history(run.info.run_id, "visual/train/loss")) == 200
+
+
+def test_the_run_of_a_killed_job_is_closed_though_all_it_recorded_is_stored(store: tuple[Any, ParentRun], tmp_path: Path) -> None:
+    """Killed for its memory in a long step, say: its thread had sent everything, and the scheduler wrote the status."""
+    client, parent = store
+    dump(load_recipe(None, ["name=demo"]), tmp_path / "recipe.yaml")
+    parent.save(tmp_path)
+    for fold, state in (("official", "failed"), ("fold-1", "running")):
+        spool = Spool(tmp_path / fold / "spool")
+        save_run(tmp_path / fold / "spool", parent.uri, create_child(parent, fold))
+        spool.state("RUNNING")
+        spool.close()
+        replay(tmp_path / fold / "spool", client, load_run(tmp_path / fold / "spool")[1])
+        update_status(tmp_path, fold, state=state)
+    assert left(tmp_path) == 0
+    compare(tmp_path)
+    ends = [client.get_run(load_run(tmp_path / fold / "spool")[1]).info.status for fold in ("official", "fold-1")]
+    assert ends == ["FAILED", "RUNNING"]
 
 
 def test_processes_of_another_machine_are_not_called_lost(tmp_path: Path) -> None:
