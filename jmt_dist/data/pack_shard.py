@@ -184,8 +184,8 @@ def _crop(source: Source, crops: NDArray[np.uint8], frame: int) -> bytes | None:
 
 
 @lru_cache(maxsize=4096)
-def _array(path: str) -> NDArray[Any]:  # samples of a unit are spread over all shards: each is mapped once per process
-    return np.load(path, mmap_mode="r")
+def _array(path: str) -> NDArray[Any]:  # once per shard; read, not mapped: each mapping holds a descriptor, and 1,024 are often the limit
+    return np.load(path)
 
 
 @lru_cache(maxsize=4096)

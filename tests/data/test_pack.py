@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -73,6 +74,19 @@ def test_packing_keeps_no_sound_mapped(packed: Path, tree: Path, tmp_path: Path)
     pack(options(tree, tmp_path / "s", workers=1), quiet)
     assert contents(tmp_path / "s") == contents(packed)
     assert "pcm.npy" not in Path("/proc/self/maps").read_text()
+
+
+def test_a_shard_of_many_units_needs_no_descriptor_for_each(packed: Path, tree: Path, tmp_path: Path) -> None:
+    """Of 1,024, the usual limit, three for each unit were too few from 340 samples per shard on."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = set(map(int, os.listdir("/proc/self/fd")))
+    left = [number for number in range(len(used) + 15) if number not in used]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (left[14], hard))  # fourteen more files may be open; three for each unit are 24
+    try:
+        pack(options(tree, tmp_path / "s", samples_per_shard=64), quiet)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert samples(tmp_path / "s").keys() == samples(packed).keys()
 
 
 def test_no_sample_costs_a_pass_over_its_unit(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
