@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import multiprocessing
 import os
 import re
@@ -88,6 +89,8 @@ def run(
     argv: Sequence[str] | None = None,
 ) -> NoReturn:
     """Call `main(words)`, all of them key=value, and exit: errors a user can cause become one line on stderr, never a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name or a … that the locale cannot spell must not end hours of work
+        sys.stdout.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if argv is None else argv)
     if any(word in ("-h", "--help", "help") for word in words):
         print(usage(doc, models))

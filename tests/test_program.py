@@ -73,6 +73,11 @@ def test_exit_codes(body: str, code: int, said: str) -> None:
         assert out == "['a=1']\n"
 
 
+def test_a_locale_that_lacks_a_letter_ends_no_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    assert exit_code("print('units: \u2026')") == (OK, "units: \\u2026\n", "")
+
+
 def test_our_own_mistakes_keep_their_traceback() -> None:
     for body, said in (("return 1 / 0", "ZeroDivisionError"), ("open('nowhere')", "FileNotFoundError")):
         code, _, err = exit_code(body)

@@ -100,7 +100,7 @@ def load_initial(model: VisualModel | AudioModel, options: _Options) -> str:
         state = {key: _one_channel(value, own[key]) if key in own else value for key, value in state.items()}
     _check(path, own, state)
     target.load_state_dict(state, strict=False)  # strictness is `_check`'s: it knows which counters may be missing
-    return f"{options.weights} ({path.name}, sha256 {found[:8]}…)"
+    return f"{options.weights} ({path.name}, sha256 {found[:8]}...)"
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
