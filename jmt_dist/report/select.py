@@ -15,7 +15,7 @@ from jmt_dist.track import names
 from jmt_dist.track.compare import FOLDS, TARGETS, RunResult, ranked, read_run
 from jmt_dist.track.tracker import ParentRun, client_environment, connect
 
-METRICS, RECIPE = "metrics.json", "recipe.yaml"
+METRICS, COSTS, RECIPE = "metrics.json", "costs.json", "recipe.yaml"
 
 
 def run_folders(folder: Path) -> list[Path]:
@@ -110,7 +110,7 @@ def _result(client: Any, run: Any, scratch: Path) -> RunResult:
 
 
 def _fetch_fold(client: Any, run: Any, child: Any, fold: str, folder: Path) -> None:
-    """A fold's metrics.json and predictions; without the file, its scores as metrics, of its own run or of the experiment's.
+    """A fold's metrics.json, costs.json and predictions; without the first, its scores as metrics, of its own run or of the experiment's.
 
     What an earlier comparison fetched may be of a fold that has gone on since: only predictions of the same metrics stay.
     """
@@ -120,6 +120,7 @@ def _fetch_fold(client: Any, run: Any, child: Any, fold: str, folder: Path) -> N
     if child is None:
         sources = [(run.data.metrics, fold)]
     elif _fetch(client, child.info.run_id, METRICS, folder):
+        _fetch(client, child.info.run_id, COSTS, folder)
         model, same = _model(folder / METRICS), (folder / METRICS).read_bytes() == before
         for part in client.list_artifacts(child.info.run_id, "evaluate"):
             if re.fullmatch(rf"evaluate/{re.escape(model)}-seed\d+", part.path):

@@ -22,6 +22,8 @@ def record_results(spool: Spool, folder: Path) -> None:
     if spool.folder is None:
         return
     spool.artifact(folder / "metrics.json")
+    if (folder / "costs.json").is_file():
+        spool.artifact(folder / "costs.json")
     for path in sorted([*folder.glob("*/done.json"), *folder.glob("fusion/*/done.json"), *folder.glob("evaluate/*/*.parquet")]):
         if "." not in str(path.parent.relative_to(folder)):  # stages of other settings, moved aside
             spool.artifact(path, str(path.parent.relative_to(folder)))

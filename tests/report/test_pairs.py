@@ -294,7 +294,7 @@ def test_a_store_alone_is_enough(sweep, store, tmp_path):
         stored("http://127.0.0.1:1", [], {}, scratch)
 
 
-def test_a_store_asked_again_says_how_things_are_now(sweep, store, tmp_path):
+def test_a_store_asked_again_says_how_things_are_now(sweep, store, tmp_path, capfd):
     """A fold at work, then with scores only, then with its files, then evaluated anew; unchanged predictions are not fetched twice."""
     client, parent = store
     run_id = client.create_run(parent.experiment_id, run_name="good", tags={"folder": "/gone", "asked": "again"}).info.run_id
@@ -312,10 +312,14 @@ def test_a_store_asked_again_says_how_things_are_now(sweep, store, tmp_path):
     assert fold.score.values() == (0.1, 0.2, 0.15) and fold.score.interval is None and "fusion.seeds" not in run.recipe
     client.log_artifact(run_id, str(files / "recipe.yaml"))
     client.log_artifact(child, str(files / "official" / "metrics.json"))
+    (tmp_path / "costs.json").write_text(json.dumps({"jmt": {"parameters": 7}}))
+    client.log_artifact(child, str(tmp_path / "costs.json"))
     for seed in range(2):
         part = f"evaluate/jmt-seed{seed}"
         client.log_artifact(child, str(files / "official" / part / "predictions.parquet"), part)
+    capfd.readouterr()
     run, fold = now()
+    assert capfd.readouterr().err == "" and fold.costs == {"parameters": 7}
     assert fold.score == read_run(files).folds[0].score and run.recipe["fusion.seeds"] == "[0, 1]"
     seeds = run.predictions("official", "jmt")
     assert len(seeds) == 2

@@ -135,7 +135,7 @@ def test_a_fold_runs_from_shards_to_metrics_and_is_not_repeated(place: Path, tmp
         np.testing.assert_array_equal(found.labels, labels(ROWS, k))  # every frame has the label of its own row
     assert json.loads((official / "status.json").read_text())["state"] == "done"
     sent = {record["a"] for _, record in read_records(official / "spool") if record and "a" in record}
-    assert {"metrics.json", "figures/learning-curves.png", "figures/predictions.png", "fusion/jmt-seed0/done.json"} <= sent
+    assert {"metrics.json", "costs.json", "figures/learning-curves.png", "figures/predictions.png", "fusion/jmt-seed0/done.json"} <= sent
     assert {f"evaluate/{name}-seed0/predictions.parquet" for name in ("jmt", "visual")} <= sent
     assert all((official / name).is_file() for name in sent)
     if world == 2:
