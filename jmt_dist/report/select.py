@@ -13,7 +13,7 @@ from typing import Any
 from jmt_dist.errors import UserError
 from jmt_dist.track import names
 from jmt_dist.track.compare import FOLDS, TARGETS, RunResult, ranked, read_run
-from jmt_dist.track.tracker import ParentRun, client_environment, connect
+from jmt_dist.track.tracker import SQLITE, ParentRun, client_environment, connect
 
 METRICS, COSTS, RECIPE = "metrics.json", "costs.json", "recipe.yaml"
 
@@ -48,6 +48,8 @@ def stored(uri: str, experiments: Sequence[str], tags: Mapping[str, str], scratc
     into `<scratch>/<experiment>-<first digits of the run's id>`. Raises UserError where the store does not answer, has no such
     experiment, or no such run.
     """
+    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file():  # connecting would make an empty one
+        raise UserError(f"there is no tracking store {uri}", "Name the file that jobs wrote, such as sqlite:///runs/mlflow.db.")
     with client_environment(seconds=60):
         try:
             client = connect(uri)

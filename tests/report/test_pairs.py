@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -290,8 +291,10 @@ def test_a_store_alone_is_enough(sweep, store, tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             stored(parent.uri, *words, scratch)
-    with pytest.raises(UserError, match=r"the tracking store http://127\.0\.0\.1:1 cannot be read"):
-        stored("http://127.0.0.1:1", [], {}, scratch)
+    for uri, message in (("http://127.0.0.1:1", "cannot be read"), (f"sqlite:///{tmp_path}/typo.db", "")):
+        with pytest.raises(UserError, match=f"(the|no) tracking store {re.escape(uri)}.*{message}"):
+            stored(uri, [], {}, scratch)
+    assert not list(tmp_path.glob("typo*"))
 
 
 def test_a_store_asked_again_says_how_things_are_now(sweep, store, tmp_path, capfd):
