@@ -49,8 +49,8 @@ def run_single(options: RunFoldOptions, recipe: Recipe, place: Site, function: s
     return code
 
 
-def _keep_recipe(recipe: Recipe, place: Site, out: Path) -> None:
-    """Write the recipe of this run beside its folds: whoever reads them, export_model.py say, builds the models by it.
+def _keep_recipe(recipe: Recipe, out: Path) -> None:
+    """Write the recipe beside the folds: whoever reads them, export_model.py say, builds the models by it.
 
     One that differs in its stages alone stays, and so do the stages of any: they are the run's, of which this may be a part.
     """
@@ -61,8 +61,6 @@ def _keep_recipe(recipe: Recipe, place: Site, out: Path) -> None:
             if known == recipe:
                 return
         print(f"{path} was of other settings, and is now of these", flush=True)
-    else:
-        dump(place, out / "site.yaml")
     partial = path.with_name(f".{path.name}.{os.getpid()}")  # folds may begin side by side
     dump(recipe, partial)
     os.replace(partial, path)
@@ -81,9 +79,12 @@ def _run(recipe: Recipe, place: Site, fold: str, out: Path, work: str, function:
     start = attempts.Start(f"run_fold.py {datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}", f"process {os.getpid()}")
     try:
         with _alone(out, fold, start) if first else _with_first(out, fold):
-            if first:
-                _keep_recipe(recipe, place, out)
+            if first and not (out / "recipe.yaml").exists():
+                dump(place, out / "site.yaml")
+                _keep_recipe(recipe, out)
             plan.resolve(function)(recipe, place, fold, out)
+            if first and "fusion" in recipe.stages:  # all weights are of this recipe now; after a part of the stages, some may not be
+                _keep_recipe(recipe, out)
     except stop.Stopped:
         if first:
             attempts.close_attempt(out, fold, start, "stopped", stop.requested())

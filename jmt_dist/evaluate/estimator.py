@@ -122,18 +122,33 @@ def load_estimator(folder: Path, fold: str = OFFICIAL, model: str = "", seed: in
 
 
 def run_source(out: Path, fold: str = OFFICIAL, model: str = "", seed: int = -1) -> Source:
-    """The weights of a fold of a run folder. Raises UserError where there is no recipe, UsageError for an unknown model."""
+    """The weights of a fold of a run folder.
+
+    Raises UserError where there is no recipe or the fold is not done: its weights may be of another recipe, from before it was submitted
+    again; a model of other attention scores, say, has the same shapes. UsageError for an unknown model.
+    """
     if not (out / RECIPE).is_file():
         raise UserError(f"{out} is neither a run folder nor an exported model", "Give a folder of submit_folds.py or export_model.py.")
     recipe = load_recipe(out / RECIPE)
     name = model or recipe.fusion.model
     if name not in FUSION_MODELS:
         raise UsageError(f"there is no fusion model `{name}`", nearest(name, FUSION_MODELS))
+    state = _state(out / fold / "status.json")
+    if state not in ("", "done"):
+        sentence = f"fold {fold} of {out} is not done ({state}): its weights may be of other settings than {RECIPE}"
+        raise UserError(sentence, "Wait for its job, or run it to its end; stages that are done are not repeated.")
     chosen = seed if seed >= 0 else recipe.fusion.seeds[0]
     folders = {"visual": "visual", "audio": "audio", "fusion": f"fusion/{name}-seed{chosen}"}
     weights = {part: out / fold / where / "best.safetensors" for part, where in folders.items()}
     metrics = out / fold / "metrics.json"
     return Source(recipe, fold, name, chosen, weights, json.loads(metrics.read_text()) if metrics.is_file() else None)
+
+
+def _state(status: Path) -> str:
+    try:
+        return str(json.loads(status.read_text(encoding="utf-8")).get("state", ""))
+    except (OSError, ValueError, AttributeError):
+        return ""
 
 
 def exported_source(folder: Path) -> Source:

@@ -207,6 +207,12 @@ def test_what_cannot_be_exported_or_loaded_is_said(place, tmp_path):
     with pytest.raises(UserError, match="is there already"):
         export_folder(run_source(base / "run"), tmp_path / "there")
     shutil.copytree(base / "run", tmp_path / "run")
+    status = tmp_path / "run" / "official" / "status.json"
+    for state in ("waiting", "running", "failed"):  # recipe.yaml is of the submission, the weights perhaps of the one before
+        status.write_text(json.dumps({"state": state}))
+        with pytest.raises(UserError, match=rf"official of .* is not done \({state}\): its weights may be of other settings"):
+            run_source(tmp_path / "run")
+    status.write_text(json.dumps({"state": "done"}))
     (tmp_path / "run" / "official" / "visual" / "best.safetensors").write_bytes(
         (tmp_path / "run" / "official" / "audio" / "best.safetensors").read_bytes()
     )

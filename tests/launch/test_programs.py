@@ -68,7 +68,10 @@ def test_run_fold_runs_in_this_process_stops_on_a_signal_and_resumes(workplace: 
         saved = int((out / "official" / "state-0").read_text())
         process = start(workplace, "run_fold", SINGLE, *words, official={"steps": saved + 1})
         text, _ = process.communicate(timeout=30)
-        other = start(workplace, "run_fold", SINGLE, *words, "fusion.jmt.scale=sqrt", "stages=[fusion]", official={"steps": saved + 1})
+        changed = [*words, "fusion.jmt.scale=sqrt"]
+        part = start(workplace, "run_fold", SINGLE, *changed, "stages=[visual]", official={"steps": saved + 1})
+        assert "other settings" not in part.communicate(timeout=30)[0] and part.returncode == 0  # the fusion is still that of before
+        other = start(workplace, "run_fold", SINGLE, *changed, "stages=[fusion]", official={"steps": saved + 1})
         said, _ = other.communicate(timeout=30)
     finally:
         for name in environment:
