@@ -137,8 +137,6 @@ def _write(options: PredictOptions, units: dict[str, Any], filters: tuple[Any, A
     _score("before smoothing: " if smoothed else "", {unit: one.va for unit, one in units.items()}, units)
     if smoothed:
         _score(f"valence {filters[0]}, arousal {filters[1]}: ", va, units)
-    if options.per_unit:
-        print(f"{write_units(Path(options.per_unit), va, options.decimals).units} files in {options.per_unit}")
     challenge = options.challenge or ("challenge.txt" if options.sample else "")
     if challenge:
         report = write_challenge(Path(challenge), Path(options.sample), va, options.decimals)
@@ -147,6 +145,8 @@ def _write(options: PredictOptions, units: dict[str, Any], filters: tuple[Any, A
             print(f"not in the sample file, left out: units {', '.join(report.unused)}")
         for unit, rows in (report.unused_frames or {}).items():
             print(f"not in the sample file, left out: {rows} frames of unit {unit}")
+    if options.per_unit:  # after all that can be refused: it is written once only
+        print(f"{write_units(Path(options.per_unit), va, options.decimals).units} files in {options.per_unit}")
     print(challenge or options.per_unit or to)
 
 

@@ -140,6 +140,10 @@ def test_predict_refuses_in_one_line(run, tmp_path):
     with pytest.raises(UserError, match="there is no run folder"):
         main([f"out={tmp_path}/gone", to])
     assert not (tmp_path / "x.parquet").exists()
+    (tmp_path / "s.txt").write_text("image_location,valence,arousal\n134/00031.jpg,-5,-5\n")
+    with pytest.raises(UserError, match="unit 134 has 30 predicted rows"):  # mended, the same command has to work
+        main([f"out={out}", to, f"sample={tmp_path}/s.txt", f"challenge={tmp_path}/c.txt", f"per_unit={tmp_path}/units"])
+    assert not (tmp_path / "units").exists() and not (tmp_path / "c.txt").exists()
 
 
 def test_export_of_a_folds_best_weights(tmp_path, capsys):
