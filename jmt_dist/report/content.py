@@ -22,7 +22,7 @@ from jmt_dist.report.pairs import common_fold, rank_runs, ranking_csv, ranking_t
 from jmt_dist.report.tables import Table, runs_table, systems_table, table1
 from jmt_dist.report.traces import NOTICE, RENDERED, choose_units, make_traces
 from jmt_dist.report.units import UnitResult, extremes_table, fold_predictions, read_material, unit_results
-from jmt_dist.track.compare import FOLDS, NOT_RUN, RunResult, Score
+from jmt_dist.track.compare import FOLDS, NOT_RUN, RunResult, Score, other_settings
 
 T = TypeVar("T")
 
@@ -58,6 +58,7 @@ def of_run(run: RunResult, ceilings: Mapping[str, Score] | None, wishes: Wishes)
     on = "the folds" if ceilings is None else "the folds of a fixture"
     content = Content(f"{run.name}: {run.model or 'fusion model'} on {on}", f"run folder {run.out.resolve()}", recipe=run.recipe)
     content.omissions += [f"{row.fold}: {row.reason}" for row in run.missing]
+    content.omissions += _try(content, "settings of the folds", partial(other_settings, run)) or []
     found = Gathered(content, [table1(run)])
     content.parts += [*found.tables, ("Folds beside the paper's numbers; lines: 95 % interval", figures.fold_bars(run))]
     behaviours: dict[str, Score] = {}

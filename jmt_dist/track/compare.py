@@ -17,11 +17,14 @@ import yaml
 
 from jmt_dist.errors import UserError
 from jmt_dist.track.facts import flatten
+from jmt_dist.track.spool import read_params
 
 TARGETS = ("valence", "arousal", "average")
 FOLDS = ("official", "fold-1", "fold-2", "fold-3", "fold-4", "fold-5")
 NOT_RUN = "not run"  # why a fold that was never begun has no scores
 CROSS_VALIDATION = FOLDS[1:]
+# groups of a recipe that decide the scores
+SETTINGS = ("label", "seed", "folds", "engine", "visual", "audio", "features", "fusion", "finetune", "finetuning", "evaluate")
 # valence, arousal, average as printed in the paper's Table 1
 PAPER_TABLE1: dict[str, tuple[float, float, float]] = {
     "official": (0.717, 0.614, 0.666),
@@ -148,6 +151,27 @@ def read_ceilings(fixture: Path) -> dict[str, Score]:
         return {name: _score(found[name]) for name in ("visual", "audio", "both")}
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{fixture} holds no ceilings", "Make the fixture again.") from None
+
+
+def other_settings(run: RunResult) -> list[str]:
+    """Folds whose results were made with other settings than the run's recipe has, one line each, from what their jobs recorded.
+
+    A recipe given to one fold of a folder is from then on the folder's, and the rows of the other folds are still those of before.
+    """
+    lines = []
+    for row in run.folds:
+        made = read_params(run.out / row.fold / "spool") if row.score is not None else {}
+        changed = [f"{key}={value}" for key, value in made.items() if _decides(key) and run.recipe.get(key, value) != value]
+        if changed:
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            lines.append(f"{row.fold} by this recipe: what is shown was made with {', '.join(changed[:3])}{more}")
+    return lines
+
+
+def _decides(key: str) -> bool:
+    """Whether a recipe's key can change a fold's scores."""
+    group, name = key.split(".")[0], key.split(".")[-1]
+    return group in SETTINGS and name not in ("keep", "save_steps", "baselines", "baseline_folds", "test", "withhold", "bootstrap")
 
 
 def mean_and_std(rows: Iterable[Sequence[float]]) -> tuple[list[float], list[float]] | None:

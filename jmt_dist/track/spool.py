@@ -221,6 +221,14 @@ def read_metrics(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: sorted(points.items()) for name, points in curves.items()}
 
 
+def read_params(folder: Path) -> dict[str, str]:
+    """The params of a spool, as its last start recorded them; {} where there are none. Raises OSError."""
+    found: dict[str, str] = {}
+    for _, record in read_records(folder):
+        found |= (record or {}).get("p", {})
+    return found
+
+
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)

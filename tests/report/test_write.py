@@ -24,7 +24,8 @@ from jmt_dist.report.traces import choose_units
 from jmt_dist.report.units import fold_predictions, unit_results
 from jmt_dist.report.write import compare_run, compare_runs, show
 from jmt_dist.track.compare import FOLDS, PAPER_TABLE1, read_ceilings, read_run
-from jmt_dist.track.spool import read_metrics
+from jmt_dist.track.facts import record_start
+from jmt_dist.track.spool import Spool, read_metrics
 from jmt_dist.track.tracker import ParentRun
 from tests.report.runfolder import make_fixture_json, make_run
 
@@ -189,6 +190,20 @@ def test_unfinished_folds_are_rows_not_crashes(tmp_path):
     nothing = make_light(tmp_path / "nothing", {})
     assert len(compare_run(nothing).omissions) == 6
     assert all(math.isnan(float(cell)) for line in (nothing / "table1.csv").read_text().splitlines()[1:] for cell in line.split(",")[1:])
+
+
+def test_folds_of_other_settings_are_named(tmp_path):
+    """As where another recipe was submitted to the folder for one fold: recipe.yaml is then that one's."""
+    out = make_light(tmp_path / "run", {"official": (0.5, 0.6), "fold-1": (0.4, 0.5), "fold-2": (0.3, 0.4)}, ("fusion.optimizer.lr=1e-5",))
+    jobs = {"official": ["fusion.optimizer.lr=1e-5", "stages=[evaluate]", "visual.keep=1"], "fold-1": [], "fold-2": None}
+    for fold, words in jobs.items():
+        spool = Spool(out / fold / "spool")
+        if words is not None:
+            record_start(spool, out, build(Recipe, [word_layer(f"seed={3 * (fold == 'official')}")]).model_dump(mode="json"), {})
+            record_start(spool, out, build(Recipe, [word_layer(word) for word in words]).model_dump(mode="json"), {})  # its last start
+        spool.close()
+    said = [line for line in compare_run(out).omissions if "recipe" in line]
+    assert said == ["fold-1 by this recipe: what is shown was made with fusion.optimizer.lr=0.0005"]
 
 
 def test_a_figure_that_fails_is_an_omission(tmp_path):
