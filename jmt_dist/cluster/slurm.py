@@ -184,8 +184,10 @@ def squeue(job: str) -> dict[str, Queued]:
     Raises UserError where squeue itself does not answer.
     """
     words = ["squeue", "--noheader", "--array", "--jobs", job, "--format", "%i|%T|%r|%N"]
+    # SQUEUE_STATES, SQUEUE_PARTITION, … of the user would hide jobs from us, which then seem to be gone
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
     try:
-        answer = subprocess.run(words, capture_output=True, text=True, timeout=60)
+        answer = subprocess.run(words, capture_output=True, text=True, timeout=60, env=environment)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"squeue does not answer ({error})", "Ask on a machine with SLURM's commands.") from None
     if answer.returncode:

@@ -126,7 +126,7 @@ def squeue(words: list[str]) -> int:
         print("slurm_load_jobs error: Invalid job id specified", file=sys.stderr)
         return 1
     for name in known:
-        if read(name)["state"] in ("PENDING", "RUNNING"):
+        if read(name)["state"] in ("PENDING", "RUNNING") and read(name)["state"] in os.environ.get("SQUEUE_STATES", "PENDING,RUNNING"):
             state = read(name)["state"]
             print(f"{name}|{state}|{'None' if state == 'RUNNING' else 'Priority'}|{'n1' if state == 'RUNNING' else ''}")
     return 0

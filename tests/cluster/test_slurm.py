@@ -258,6 +258,13 @@ def test_a_job_that_slurm_has_lost_shows_as_lost(workplace: Workplace, slurm: Pa
     assert answer.returncode == 1 and "official   lost" in answer.stdout
 
 
+def test_what_a_user_likes_to_see_of_the_queue_hides_no_job(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fakeslurm.write("77_0", state="PENDING")
+    fakeslurm.write("77_1", state="RUNNING")
+    monkeypatch.setenv("SQUEUE_STATES", "RUNNING")
+    assert set(slurm_queue.squeue("77")) == {"77_0", "77_1"}
+
+
 def test_rows_say_what_the_scheduler_says(tmp_path: Path) -> None:
     jobs = {"jobs": [{"fold": fold, "job": f"7_{n}"} for n, fold in enumerate(("a", "b", "c", "d"))]}
     for fold, state in (("a", "running"), ("b", "stopped"), ("c", "stopped"), ("d", "waiting")):
