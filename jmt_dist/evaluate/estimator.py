@@ -33,10 +33,14 @@ from jmt_dist.model.heads import AudioModel, VisualModel
 from jmt_dist.model.weights import read_state
 from jmt_dist.model.zoo import make_fusion
 from jmt_dist.recipe import load_recipe, nearest
+from jmt_dist.track.facts import flatten
+from jmt_dist.track.spool import read_params
 
 DESCRIPTION, RECIPE = "model.json", "recipe.yaml"
 VERSION = 1
 PARTS = ("visual", "audio", "fusion")
+# what networks, their inputs and their outputs are made by, besides all of fusion.jmt
+SHAPED = ("label", "visual.backbone", "visual.depth", "visual.size", "visual.pooling", "audio.backbone", "audio.gru", "features.dtype")
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,7 @@ def run_source(out: Path, fold: str = OFFICIAL, model: str = "", seed: int = -1)
     if state not in ("", "done"):
         sentence = f"fold {fold} of {out} is not done ({state}): its weights may be of other settings than {RECIPE}"
         raise UserError(sentence, "Wait for its job, or run it to its end; stages that are done are not repeated.")
+    _same_model(out, fold, name, recipe)
     chosen = seed if seed >= 0 else recipe.fusion.seeds[0]
     folders = {"visual": "visual", "audio": "audio", "fusion": f"fusion/{name}-seed{chosen}"}
     weights = {part: out / fold / where / "best.safetensors" for part, where in folders.items()}
@@ -149,6 +154,16 @@ def _state(status: Path) -> str:
         return str(json.loads(status.read_text(encoding="utf-8")).get("state", ""))
     except (OSError, ValueError, AttributeError):
         return ""
+
+
+def _same_model(out: Path, fold: str, name: str, recipe: Recipe) -> None:
+    """Refuse weights that a recipe given to other folds since would load in silence: of another scale, say, they have the same shapes."""
+    made, now = read_params(out / fold / "spool"), flatten(recipe.model_dump(mode="json"))
+    keys = [*SHAPED, *(key for key in now if key.startswith("fusion.jmt.") and name == "jmt")]
+    for key in keys:
+        if made.get(key, now[key]) != now[key]:
+            sentence = f"fold {fold} of {out} was trained with {key}={made[key]}, its {RECIPE} is of other folds and says {now[key]}"
+            raise UserError(sentence, f"Train the fold again, or put {key} back in {out / RECIPE}.")
 
 
 def exported_source(folder: Path) -> Source:

@@ -1,4 +1,5 @@
 import importlib.util
+import shutil
 import subprocess
 import sys
 import time
@@ -13,11 +14,14 @@ from safetensors.torch import save_file
 from jmt_dist.config import Recipe
 from jmt_dist.errors import UsageError, UserError
 from jmt_dist.evaluate.ensemble import combine
+from jmt_dist.evaluate.estimator import run_source
 from jmt_dist.evaluate.metric import scores
 from jmt_dist.evaluate.predict import UnitPrediction, read_predictions, write_predictions
 from jmt_dist.evaluate.smooth import smooth
 from jmt_dist.model.zoo import make_fusion
 from jmt_dist.recipe import build, dump, word_layer
+from jmt_dist.track.facts import record_start
+from jmt_dist.track.spool import Spool
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 ROWS = {"134": 30, "video2_left": 20}
@@ -168,6 +172,21 @@ def test_export_of_a_folds_best_weights(tmp_path, capsys):
         main([f"out={out}", "fold=fold-1", "seed=5", f"to={tmp_path}/x.onnx"])
     with pytest.raises(UsageError, match=r"there is no fusion model `gatd`\. Did you mean `gated`\?"):
         main([f"out={out}", "model=gatd", f"to={tmp_path}/x.onnx"])
+
+
+def test_weights_of_another_recipe_are_not_taken_for_this_ones(tmp_path):
+    """Of another scale they have the same shapes; what does not shape a model may differ."""
+    out = tmp_path / "run"
+    make_recipe(out, "fusion.jmt.scale=sqrt", "fusion.optimizer.lr=1e-5")
+    spool = Spool(out / "official" / "spool")
+    record_start(spool, out, build(Recipe, [word_layer("fusion.jmt.scale=none")]).model_dump(mode="json"), {})
+    spool.close()
+    with pytest.raises(UserError, match=r"official .* trained with fusion\.jmt\.scale=none, .* says sqrt"):
+        run_source(out)
+    assert run_source(out, model="gated").model == "gated" and run_source(out, "fold-1").fold == "fold-1"
+    make_recipe(tmp_path / "now", "fusion.optimizer.lr=1e-5")
+    shutil.copytree(out / "official", tmp_path / "now" / "official")
+    assert run_source(tmp_path / "now").recipe.fusion.optimizer.lr == 1e-5
 
 
 @pytest.mark.parametrize("name", ["predict_units", "export_model", "compare_runs", "sync_tracking"])
