@@ -109,9 +109,9 @@ def _submit(place: Site, folder: Path, jobs: Path, name: str, steps: Steps) -> l
     with slurm.submitting(place):
         for step, calls in steps:
             executor = SlurmExecutor(jobs / step, max_num_timeout=place.tries)
-            parameters = site.slurm_parameters(place, name=f"{name}-{step}", snapshot=snapshot, out=folder, teardown=[])
-            if submitted:
-                parameters["dependency"] = f"afterany:{_array(submitted[-1][1])}"
+            after = f"afterany:{_array(submitted[-1][1])}" if submitted else ""
+            title = f"{name}-{step}"
+            parameters = site.slurm_parameters(place, name=title, snapshot=snapshot, out=folder, teardown=[], dependency=after)
             executor.update_parameters(**parameters)
             submitted.append((step, executor.submit_array(list(calls))))
             status.write_json(folder / "jobs.json", {"jobs": [_array(found) for _, found in submitted]})

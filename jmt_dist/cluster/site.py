@@ -88,7 +88,7 @@ def setup_lines(site: Site, snapshot: Path, out: Path) -> list[str]:
     return ["umask 077", owner, *site.environment, *exports, "unset SLURM_EXPORT_ENV", "set +e"]
 
 
-def slurm_parameters(site: Site, *, name: str, snapshot: Path, out: Path, teardown: list[str]) -> dict[str, Any]:
+def slurm_parameters(site: Site, *, name: str, snapshot: Path, out: Path, teardown: list[str], dependency: str = "") -> dict[str, Any]:
     """Parameters of submitit's SlurmExecutor, in its vocabulary after conversion (`time` in minutes, rounded up)."""
     limit = seconds(site.time)
     parameters: dict[str, Any] = {
@@ -105,7 +105,7 @@ def slurm_parameters(site: Site, *, name: str, snapshot: Path, out: Path, teardo
         "teardown": teardown,
         # since SLURM 22.05 srun no longer takes --cpus-per-task over from sbatch
         "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={site.cpus_per_rank}"],
-        "additional_parameters": {"requeue": True, **_extra(site)},
+        "additional_parameters": _extra(site, dependency),
     }
     if site.gpus_per_node:
         parameters["gres" if site.gres else "gpus_per_node"] = f"gpu:{site.gpus_per_node}" if site.gres else site.gpus_per_node
@@ -125,14 +125,16 @@ def compare_parameters(site: Site, *, name: str, snapshot: Path, out: Path, depe
         "cpus_per_task": 1,
         "stderr_to_stdout": True,
         "setup": setup_lines(site, snapshot, out),
-        "dependency": dependency,
-        "additional_parameters": {"requeue": True, **_extra(site)},
+        "additional_parameters": _extra(site, dependency),
     }
 
 
-def _extra(site: Site) -> dict[str, Any]:
-    """Further options; one without a value is a flag, such as `exclusive`."""
-    return {name: value or True for name, value in site.extra.items()}
+def _extra(site: Site, dependency: str) -> dict[str, Any]:
+    """Further options; one without a value is a flag, such as `exclusive`. What the site's jobs wait for is waited for as well as ours."""
+    found: dict[str, Any] = {"requeue": True, **{name: value or True for name, value in site.extra.items()}}
+    if dependency:
+        found["dependency"] = ",".join(filter(None, [dependency, site.extra.get("dependency", "")]))
+    return found
 
 
 def _queue(site: Site) -> dict[str, Any]:

@@ -56,10 +56,9 @@ def array_parameters(array: Array) -> dict[str, Any]:
     crash = shlex.join([site.python(), "-m", "jmt_dist.cluster.crash", str(array.list)])
     teardown = ["code=$?", f'if [ "$code" -ne 0 ]; then {crash} "$code"; fi', 'exit "$code"']
     plan = array.first
-    parameters = site.slurm_parameters(plan.site, name=array.name, snapshot=plan.snapshot, out=array.root, teardown=teardown)
-    if array.after:
-        parameters["dependency"] = f"afterany:{array.after}"
-    return parameters
+    after = f"afterany:{array.after}" if array.after else ""
+    place: dict[str, Any] = {"name": array.name, "snapshot": plan.snapshot, "out": array.root}
+    return site.slurm_parameters(plan.site, **place, teardown=teardown, dependency=after)
 
 
 def scripts(arrays: list[Array], compare: bool) -> list[tuple[str, str]]:

@@ -11,12 +11,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jmt_dist.cluster import control, status, watch
 from jmt_dist.cluster import slurm as slurm_queue
-from jmt_dist.cluster.site import seconds, slurm_parameters
+from jmt_dist.cluster.site import compare_parameters, seconds, slurm_parameters
 from jmt_dist.config import Site
 from jmt_dist.errors import UsageError, UserError
 from tests.cluster import fakeslurm
@@ -88,6 +89,24 @@ def test_every_field_of_a_site_reaches_the_script() -> None:
     gres = slurm_parameters(site.model_copy(update={"gres": True}), name="r", snapshot=Path("/s"), out=Path("/o"), teardown=[])
     assert gres["gres"] == "gpu:4" and "gpus_per_node" not in gres
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+
+
+def test_a_dependency_of_the_site_is_waited_for_beside_ours() -> None:
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    place: dict[str, Any] = {"name": "r", "snapshot": Path("/s"), "out": Path("/o")}
+    for theirs, ours, line in (
+        ("afterok:5", "afterany:7", "#SBATCH --dependency=afterany:7,afterok:5"),
+        ("", "afterany:7", "#SBATCH --dependency=afterany:7"),
+        ("afterok:5", "", "#SBATCH --dependency=afterok:5"),
+    ):
+        site = Site(executor="slurm", extra={"dependency": theirs} if theirs else {})
+        for parameters in (
+            slurm_parameters(site, **place, teardown=[], dependency=ours),
+            *([compare_parameters(site, **place, dependency=ours)] if ours else []),
+        ):
+            script = _make_sbatch_string(command="COMMAND", folder="/o/jobs", **parameters)
+            assert [found for found in script.splitlines() if "dependency" in found] == [line]
 
 
 def test_dry_prints_the_very_scripts_that_are_sent_and_writes_nothing(
