@@ -19,7 +19,7 @@ from jmt_dist.train.engine import autocast
 from jmt_dist.train.plan import FoldPlan, claim
 from jmt_dist.train.ranks import any_rank, apart, barrier, from_first, rank, world
 from jmt_dist.train.stage import finished, write_json
-from jmt_dist.train.stored import damage_of_features
+from jmt_dist.train.stored import damage_of_features, note_backbones, require_own
 from jmt_dist.train.weights import load_weights
 
 SAMPLES = 256  # per tar: a job that is killed loses at most so many of each rank
@@ -46,6 +46,7 @@ def already_whole(plan: FoldPlan, folder: Path, key: str, parts: Iterable[str]) 
     """Whether features are done with this key and as they were stored; where they are not, they count as unfinished. Collective."""
     if not from_first(finished(folder, key) is not None):
         return False
+    require_own(plan, folder)
     damaged = damage_of_features(plan, folder, parts)
     if damaged and rank() == 0:
         print(f"{damaged}: what is not stored whole is computed now", flush=True)
@@ -57,8 +58,10 @@ def write_features(plan: FoldPlan, folder: Path, key: str, visual: nn.Module, au
     """Write what two backbones say of `parts` to a claimed folder. Collective.
 
     A job that was stopped or killed, of whatever number of ranks, is gone on with: samples whose tar is there are not computed
-    again. Raises Stopped after the tars begun are published.
+    again. Raises Stopped after the tars begun are published, and UserError where those that are there are of other backbones.
     """
+    require_own(plan, folder)
+    note_backbones(plan, folder)
     visual, audio = visual.to(plan.device).eval(), audio.to(plan.device).eval()
     counts = {part: _part(plan, folder, part, visual, audio) for part in parts}
     if rank() == 0:

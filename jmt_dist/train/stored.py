@@ -1,7 +1,8 @@
-"""Whether stored features are as they were stored, asked before they are used: by one rank, once in the life of a process."""
+"""Whether stored features are as they were stored, and of the backbones beside them: asked by one rank before they are used."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -10,11 +11,47 @@ from jmt_dist.errors import UserError
 from jmt_dist.train import stop
 from jmt_dist.train.plan import FoldPlan
 from jmt_dist.train.ranks import apart, from_first, rank
-from jmt_dist.train.results import finished
+from jmt_dist.train.results import finished, write_json
+
+BACKBONES = "backbones.json"  # in a folder of features: the weights that made them
+
+
+def require_own(plan: FoldPlan, folder: Path) -> None:
+    """Raise UserError where features were made by another training of a backbone than lies beside them now. Collective.
+
+    A stage whose folder was removed is trained again under the same key, and on a GPU, or with mended code, comes out otherwise.
+    """
+    other = from_first(_other_backbone(plan, folder) if rank() == 0 else "")
+    if other:
+        made = " and ".join(name for name in ("features", "fusion", "finetune") if (plan.folder / name).exists())
+        raise UserError(
+            f"{folder} was made by another training of the {other} stage than {plan.folder / other} holds now",
+            f"Remove {made} of {plan.folder}: they are then made anew; or put the {other} stage back.",
+        )
+
+
+def note_backbones(plan: FoldPlan, folder: Path) -> None:
+    """Write down the weights that the features of a folder are made by; by the first rank."""
+    if rank() == 0 and not (folder / BACKBONES).exists():
+        write_json(folder / BACKBONES, _backbones(plan))
+
+
+def _backbones(plan: FoldPlan) -> dict[str, str]:
+    done = {name: finished(plan.folder / name, plan.key(name)) for name in ("visual", "audio")}
+    return {name: str(result["weights"]) for name, result in done.items() if result and result.get("weights")}
+
+
+def _other_backbone(plan: FoldPlan, folder: Path) -> str:
+    try:
+        made_by = dict(json.loads((folder / BACKBONES).read_text()))
+    except (OSError, ValueError, TypeError):
+        return ""  # stored before this was written down
+    return next((name for name, weights in _backbones(plan).items() if made_by.get(name, weights) != weights), "")
 
 
 def require_whole(plan: FoldPlan, folder: Path, parts: Iterable[str]) -> None:
     """Raise UserError where features of `parts` in a finished folder are not as they were stored. Collective, as `damage_of_features`."""
+    require_own(plan, folder)
     found = damage_of_features(plan, folder, parts)
     if found:
         raise UserError(found, AGAIN)

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from jmt_dist.config import PackOptions
 from jmt_dist.data.pack import pack
 from jmt_dist.errors import UserError
 from jmt_dist.evaluate.predict import read_predictions
+from jmt_dist.train.weights import write_weights
 from tests.data.test_features import flip
 from tests.data.tree import write_test_unit, write_unit
 from tests.ranks import run_ranks
@@ -80,7 +82,19 @@ def in_turn(rank: int, place: Path) -> list[tuple[str, str, list[str]]]:
         error, log = run(place, "whole", stages, "evaluate.test=true")
         found.append((f"{stages} of test units", error, log.splitlines()))
     assert trained.items() <= ages(place / "whole").items()
+    retrain(place / "whole/official/visual")
+    (place / "whole/official/evaluate/done.json").unlink()
+    for stage in ("features", "fusion", "evaluate"):
+        found.append((f"{stage} after visual", run(place, "whole", stage, "evaluate.test=true")[0], []))
     return found
+
+
+def retrain(stage: Path) -> None:
+    """What another training leaves under the same key: whole, and with other weights."""
+    weights = {name: value * 1.01 for name, value in load_file(stage / "best.safetensors").items() if value.is_floating_point()}
+    sha = write_weights({**load_file(stage / "best.safetensors"), **weights}, stage / "best.safetensors")
+    result = json.loads((stage / "done.json").read_text())
+    (stage / "done.json").write_text(json.dumps({**result, "weights": sha}))
 
 
 def ages(out: Path) -> dict[str, int]:
@@ -109,7 +123,13 @@ def test_each_stage_runs_by_itself_and_names_the_stage_that_must_be_run_before_i
     ]
     assert said[9:13] == [no_fusion, "", "", no_fusion]  # at last: never the weights of another recipe
     lacking = "OUT/features holds no features of part test"
-    assert said[13].startswith(f"{lacking}. Run the features stage of this fold again: only samples that are not") and said[14:] == ["", ""]
+    assert said[13].startswith(f"{lacking}. Run the features stage of this fold again: only samples that are not") and said[14:16] == [
+        "",
+        "",
+    ]
+    other = "OUT/features was made by another training of the visual stage than OUT/visual holds now."
+    remove = "Remove features and fusion of OUT: they are then made anew; or put the visual stage back."
+    assert said[16:] == [f"{other} {remove}"] * 3
     assert f"{place}/whole/official/features holds no features of part test: what is not stored whole is computed now" in steps[14][2]
     assert set(read_predictions(place / "whole/official/evaluate/concat-seed0/test.parquet")) == {"u7"}
     assert [there for _, _, there in steps[:3]] == [[]] * 3 and steps[8][2] == ["audio", "features", "visual"]
