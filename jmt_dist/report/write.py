@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -56,7 +57,8 @@ def _ways_to_see(out: Path) -> list[str]:
     if not parent.uri.startswith("sqlite:"):
         return [f"learning curves: {parent.uri}"]
     mlflow = Path(sys.executable).with_name("mlflow")
-    return [f"learning curves: {mlflow if mlflow.is_file() else 'mlflow'} ui --backend-store-uri {parent.uri}"]
+    program = shlex.quote(str(mlflow)) if mlflow.is_file() else "mlflow"
+    return [f"learning curves: {program} ui --backend-store-uri {shlex.quote(parent.uri)}"]
 
 
 def compare_runs(runs: Sequence[RunResult], out: Path, reference: str = "") -> Comparison:

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import sys
 import threading
 import time
@@ -245,7 +246,7 @@ class Tracker:
         left = unsent(self.spool.folder, self.run_id) if self._sends else 0
         if left:
             why = f" ({self.problem})" if self.problem else ""
-            remedy = f"python launch/sync_tracking.py out={out} sends them"
+            remedy = f"python launch/sync_tracking.py {shlex.quote(f'out={out}')} sends them"
             print(f"tracking: {left} records wait in {self.spool.folder}{why}; {remedy}", file=sys.stderr)
 
 

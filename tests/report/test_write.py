@@ -3,9 +3,12 @@ import html
 import json
 import math
 import re
+import shlex
+import shutil
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -290,11 +293,15 @@ def test_scores_and_files_reach_the_parent_run_once(store, tmp_path):
 
 
 def test_what_is_printed_ends_with_the_reports_path(store, tmp_path, capsys):
-    out = make_light(tmp_path / "run", ALL)
-    store[1].save(out)
+    out = make_light(tmp_path / "my run", ALL)
+    uri = f"sqlite:///{tmp_path}/my runs.db"  # a command to copy, whatever paths are called
+    shutil.copy(store[1].uri.removeprefix("sqlite:///"), tmp_path / "my runs.db")
+    replace(store[1], uri=uri).save(out)
     show(compare_run(out))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == str(out / "report.html") and any(line.startswith("learning curves: ") for line in lines)
+    assert lines[-1] == str(out / "report.html")
+    [command] = [shlex.split(line.removeprefix("learning curves: ")) for line in lines if line.startswith("learning curves: ")]
+    assert command[1:] == ["ui", "--backend-store-uri", uri]
 
 
 def test_a_store_that_is_away_is_an_omission(tmp_path):
