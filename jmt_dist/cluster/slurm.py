@@ -132,6 +132,15 @@ def submit_array(array: Array) -> tuple[str, list[str]]:
     executor.update_parameters(**array_parameters(array))
     jobs = [str(job.job_id) for job in executor.submit_array([FoldJob(task, fold) for task, fold in array.tasks])]
     identity = jobs[0].split("_")[0]
+    try:
+        _record(array, identity, jobs)
+    except BaseException:  # a full disk, Ctrl-C: jobs that no run folder knows could be neither seen nor ended
+        subprocess.run(["scancel", identity], capture_output=True, timeout=60)
+        raise
+    return identity, jobs
+
+
+def _record(array: Array, identity: str, jobs: list[str]) -> None:
     known = set(jobs)
     for task, fold in array.tasks:
         # a job may have started by now: what it has written stays
@@ -139,7 +148,6 @@ def submit_array(array: Array) -> tuple[str, list[str]]:
             status.update_status(task.out, fold, state="waiting", reason="")
     for out in dict.fromkeys(task.out for task, _ in array.tasks):
         _write_jobs(array, out, identity, jobs)
-    return identity, jobs
 
 
 def submit_comparison(array: Array, identity: str, root: Path, compare: str) -> str:

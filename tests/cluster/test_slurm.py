@@ -15,11 +15,13 @@ from typing import Any
 
 import pytest
 
-from jmt_dist.cluster import control, status, watch
+from jmt_dist.cluster import control, status, submit, watch
 from jmt_dist.cluster import slurm as slurm_queue
+from jmt_dist.cluster.options import SubmitOptions
 from jmt_dist.cluster.site import compare_parameters, seconds, slurm_parameters
 from jmt_dist.config import Site
 from jmt_dist.errors import UsageError, UserError
+from jmt_dist.recipe import load_recipe, load_site
 from tests.cluster import fakeslurm
 from tests.cluster.conftest import ROOT, Workplace, alive, attempts_of, starts
 from tests.cluster.test_local import wait_for
@@ -257,6 +259,28 @@ def test_a_variable_of_sbatch_does_not_overrule_the_site_file(slurm: Path, monke
     with slurm_queue.submitting(Site(account="mine", extra={"mail-type": "END"})):
         left = {name.removeprefix("SBATCH_"): value for name, value in os.environ.items() if name.startswith("SBATCH_")}
     assert left == {"QOS": "low", "RESERVATION": "r", "GRES": "gpu:1"}  # what the site leaves open
+
+
+@pytest.mark.parametrize("trouble", [KeyboardInterrupt, OSError])
+def test_jobs_that_could_not_be_recorded_are_not_left_in_the_queue(
+    workplace: Workplace, slurm: Path, monkeypatch: pytest.MonkeyPatch, trouble: type[BaseException]
+) -> None:
+    monkeypatch.setenv("FAKE_SLURM_HOLD", "1")
+    recipe = load_recipe(workplace.recipe)
+    site = load_site(workplace.site, ["executor=slurm"])
+    options = SubmitOptions(recipe="", site="", out=str(workplace.out()), folds=["official", "fold-1"])
+    plan = submit.make_plan(options, recipe, site, "toyjob:run_fold", "")
+
+    def write(path: Path, value: object) -> None:
+        if path.name == "jobs.json":
+            raise trouble
+        write_json(path, value)
+
+    write_json = status.write_json
+    monkeypatch.setattr(status, "write_json", write)
+    with pytest.raises(trouble), slurm_queue.submitting(site):
+        slurm_queue.submit_array(slurm_queue.of_plan(plan))
+    assert [fakeslurm.read(name)["state"] for name in ("100_0", "100_1")] == ["CANCELLED", "CANCELLED"]
 
 
 def test_too_many_tasks_for_an_array_name_the_limit(slurm: Path) -> None:
