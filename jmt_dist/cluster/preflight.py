@@ -69,6 +69,9 @@ def _check_models(recipe: Recipe) -> None:
         if stage.weights in CACHED and stage.weights != own:
             sentence = f"{name}.weights={stage.weights} fits another backbone than {name}.backbone={stage.backbone}"
             raise UserError(sentence, f"Take {own} or a file.")
+        if stage.weights == "kinetics400" and recipe.visual.depth == 10:
+            sentence = "kinetics400 weights are for visual.depth=18; there are none for depth 10"
+            raise UserError(sentence, "Take visual.weights=none or a file.")
     heads = recipe.fusion.jmt.heads
     if "fusion" in recipe.stages and "jmt" in (recipe.fusion.model, *recipe.fusion.baselines) and WIDTH % heads:
         raise UserError(f"fusion.jmt.heads={heads} does not divide the width of {WIDTH}", "Take 1, 2, 4, 8 or 16 heads.")

@@ -92,6 +92,7 @@ def test_weights_of_another_backbone_are_refused(workplace: Workplace, monkeypat
     for name in ("r2plus1d_18-0.pth", "resnet18-0.pth"):
         (cache / name).touch()
     assert "fits another backbone than audio.backbone=resnet18. Take imagenet or" in refused(workplace, "audio.weights=kinetics400")
+    assert "there are none for depth 10" in refused(workplace, "visual.weights=kinetics400", "visual.depth=10")
     words = ("audio.backbone=mine.ears:deep", "audio.weights=imagenet")
     assert "fits another backbone than audio.backbone=mine.ears:deep. Take none or" in refused(workplace, *words)
 
