@@ -7,6 +7,7 @@ local scheduler, or the last lines of the batch script. They never write at the 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from typing import Any, Literal
 
 from jmt_dist.cluster.status import now, read_json, update_status, write_json
 from jmt_dist.errors import UserError
+
+# what gloo, NCCL and torch's store say in a rank whose companion has died: an effect, not the reason
+_LOST_PEER = re.compile(r"connection (was likely )?(closed|reset)|remote process exited|broken pipe", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -102,8 +106,11 @@ def settle(out: Path, fold: str, start: Start, tries: int, otherwise: str, outco
     if mine["outcome"] == "running":
         first = _first_error(out, fold, float(mine["time"]))
         again = bool(first.get("again", True))
+        said = str(first.get("reason", otherwise))
+        if _LOST_PEER.search(said) and "killed" in otherwise:  # out of memory, say
+            said = f"{otherwise}; {said}"
         # a time limit explains the errors that come with it, not the other way round
-        reason = otherwise if outcome == "timeout" else str(first.get("reason", otherwise))
+        reason = otherwise if outcome == "timeout" else said
         close_attempt(out, fold, start, outcome, reason)
     shutil.rmtree(out / fold / "errors", ignore_errors=True)
     last = next(entry for entry in read_attempts(out, fold) if start.matches(entry))
@@ -122,7 +129,8 @@ def settle(out: Path, fold: str, start: Start, tries: int, otherwise: str, outco
 def _first_error(out: Path, fold: str, since: float) -> dict[str, Any]:
     errors = [read_json(path) for path in sorted((out / fold / "errors").glob("*.json"))]
     # ranks do not start at the same moment; older files are of a start that nobody could settle
-    return min((error for error in errors if error.get("time", 0.0) >= since - 120), key=lambda error: float(error["time"]), default={})
+    mine = [error for error in errors if error.get("time", 0.0) >= since - 120]
+    return min(mine, key=lambda error: (bool(_LOST_PEER.search(str(error.get("reason")))), float(error["time"])), default={})
 
 
 def _closed(entry: dict[str, Any], outcome: str, reason: str) -> dict[str, Any]:

@@ -53,6 +53,21 @@ def test_a_crash_that_cannot_be_queued_again_is_a_failure_with_both_reasons(tmp_
     assert (found["state"], found["reason"]) == ("failed", expected)
 
 
+def test_a_rank_that_misses_another_one_does_not_hide_why_that_one_is_gone(tmp_path: Path) -> None:
+    lost = RuntimeError("[pair.cc:545] Read error [127.0.0.1]:15070: Connection reset by peer. Check the remote worker.")
+    killed = "the ranks were killed by signal 9"
+    start = attempts.Start("now", "7_0")
+    attempts.open_attempt(tmp_path, "official", start)
+    attempts.report_error(tmp_path, "official", 0, lost)
+    assert attempts.settle(tmp_path, "official", start, 2, killed).reason.startswith(f"crashed: {killed}; rank 0: RuntimeError: [pair")
+    start = attempts.Start("now", "7_0", 1)
+    attempts.open_attempt(tmp_path, "official", start)
+    attempts.report_error(tmp_path, "official", 0, lost)
+    attempts.report_error(tmp_path, "official", 1, UserError("no weights"))  # it had looked for damaged shards first
+    verdict = attempts.settle(tmp_path, "official", start, 9, "the ranks exited with 1 and left no reason")
+    assert (verdict.next, verdict.reason) == ("failed", "crashed: rank 1: no weights")
+
+
 def test_slow_tests_that_cannot_run_here_are_left_out_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "id").write_text("#!/bin/sh\necho 1000\n")
     (tmp_path / "id").chmod(0o755)
