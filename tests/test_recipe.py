@@ -348,9 +348,3 @@ def test_layer_of_a_word() -> None:
 def test_a_misspelt_required_key_is_named_as_unknown() -> None:
     with pytest.raises(UsageError, match=r"unknown key `sorce`.*`source`"):
         build(PackOptions, [word_layer("sorce=x"), word_layer("out=y")])
-
-
-def test_a_folder_may_be_named_by_a_number_and_a_tilde_is_the_home_whatever_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
-    made = build(PackOptions, [word_layer("source=~/Aff-Wild2"), word_layer("out=20260115")])
-    assert (made.source, made.out, made.site) == ("/home/me/Aff-Wild2", "20260115", "")

@@ -45,3 +45,9 @@ def test_a_bare_word_too_many_is_refused(capsys: pytest.CaptureFixture[str]) -> 
         run(main, "Packs.", [("Options", "", PackOptions)], ["a", "b", "c"])
     assert stop.value.code == USAGE
     assert "`c` is not of the form key=value. `--help` lists the keys." in capsys.readouterr().err
+
+
+def test_a_folder_may_be_named_by_a_number_and_a_tilde_is_the_home_whatever_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    made = build(PackOptions, [word_layer("source=~/Aff-Wild2"), word_layer("out=20260115")])
+    assert (made.source, made.out, made.site) == ("/home/me/Aff-Wild2", "20260115", "")
