@@ -158,7 +158,7 @@ def _state(status: Path) -> str:
 
 def _same_model(out: Path, fold: str, name: str, recipe: Recipe) -> None:
     """Refuse weights that a recipe given to other folds since would load in silence: of another scale, say, they have the same shapes."""
-    made, now = read_params(out / fold / "spool"), flatten(recipe.model_dump(mode="json"))
+    made, now = read_params(out / fold / "spool", "fusion"), flatten(recipe.model_dump(mode="json"))
     keys = [*SHAPED, *(key for key in now if key.startswith("fusion.jmt.") and name == "jmt")]
     for key in keys:
         if made.get(key, now[key]) != now[key]:

@@ -160,7 +160,7 @@ def other_settings(run: RunResult) -> list[str]:
     """
     lines = []
     for row in run.folds:
-        made = read_params(run.out / row.fold / "spool") if row.score is not None else {}
+        made = read_params(run.out / row.fold / "spool", "evaluate") if row.score is not None else {}
         changed = [f"{key}={value}" for key, value in made.items() if _decides(key) and run.recipe.get(key, value) != value]
         if changed:
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""

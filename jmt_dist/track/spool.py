@@ -221,11 +221,13 @@ def read_metrics(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: sorted(points.items()) for name, points in curves.items()}
 
 
-def read_params(folder: Path) -> dict[str, str]:
-    """The params of a spool, as its last start recorded them; {} where there are none. Raises OSError."""
+def read_params(folder: Path, stage: str) -> dict[str, str]:
+    """The recipe in a spool, as the last start that was to run `stage` recorded it; {} where there is none. Raises OSError."""
     found: dict[str, str] = {}
     for _, record in read_records(folder):
-        found |= (record or {}).get("p", {})
+        params = (record or {}).get("p", {})
+        if f'"{stage}"' in params.get("stages", ""):
+            found = dict(params)
     return found
 
 

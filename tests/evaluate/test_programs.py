@@ -180,6 +180,8 @@ def test_weights_of_another_recipe_are_not_taken_for_this_ones(tmp_path):
     make_recipe(out, "fusion.jmt.scale=sqrt", "fusion.optimizer.lr=1e-5")
     spool = Spool(out / "official" / "spool")
     record_start(spool, out, build(Recipe, [word_layer("fusion.jmt.scale=none")]).model_dump(mode="json"), {})
+    again = build(Recipe, [word_layer("fusion.jmt.scale=sqrt"), word_layer("stages=[visual]")])
+    record_start(spool, out, again.model_dump(mode="json"), {})  # which trained no fusion
     spool.close()
     with pytest.raises(UserError, match=r"official .* trained with fusion\.jmt\.scale=none, .* says sqrt"):
         run_source(out)

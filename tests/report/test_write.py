@@ -203,7 +203,9 @@ def test_folds_of_other_settings_are_named(tmp_path):
         spool = Spool(out / fold / "spool")
         if words is not None:
             record_start(spool, out, build(Recipe, [word_layer(f"seed={3 * (fold == 'official')}")]).model_dump(mode="json"), {})
-            record_start(spool, out, build(Recipe, [word_layer(word) for word in words]).model_dump(mode="json"), {})  # its last start
+            record_start(spool, out, build(Recipe, [word_layer(word) for word in words]).model_dump(mode="json"), {})  # its last one
+            visual = build(Recipe, [word_layer("stages=[visual]"), word_layer("seed=9")]).model_dump(mode="json")
+            record_start(spool, out, visual, {})  # which made no scores
         spool.close()
     said = [line for line in compare_run(out).omissions if "recipe" in line]
     assert said == ["fold-1 by this recipe: what is shown was made with fusion.optimizer.lr=0.0005"]
