@@ -81,7 +81,7 @@ def meeting(site: Site, out: Path) -> Iterator[Finding]:
         if site.nodes > 1:
             queue = "".join(f" --{name}={value}" for name in ("partition", "account", "qos") if (value := getattr(site, name)))
             gpus = f" --gpus-per-node={site.gpus_per_node}" if site.gpus_per_node else ""
-            words = f"salloc --nodes={site.nodes}{queue}{gpus} python launch/check_site.py site=… out={out}"
+            words = f"salloc --nodes={site.nodes}{queue}{gpus} python launch/check_site.py site=… out={shlex.quote(str(out))}"
             yield Finding("meeting of nodes", "note", "not tried: this is no allocation of several nodes", f"Try it: {words}")
         return
     existing = next(path for path in (out, *out.parents) if path.exists())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -123,7 +124,7 @@ def alone(out: Path) -> Iterator[None]:
             lock.seek(0)
             holder = lock.read().strip() or "?"
             raise UserError(
-                f"process {holder} is at work in {out}", f"Wait for it, or run: python launch/cancel_jobs.py out={out}"
+                f"process {holder} is at work in {out}", f"Wait for it, or run: python launch/cancel_jobs.py out={shlex.quote(str(out))}"
             ) from None
         lock.truncate(0)
         lock.write(str(os.getpid()))
@@ -137,7 +138,9 @@ def _check_no_live_jobs(out: Path) -> None:
     alive = live_jobs(out)
     if alive:
         names = ", ".join(f"{fold} (job {job})" for fold, job in alive.items())
-        raise UserError(f"jobs of an earlier submission are still there: {names}", f"Run: python launch/cancel_jobs.py out={out}")
+        raise UserError(
+            f"jobs of an earlier submission are still there: {names}", f"Run: python launch/cancel_jobs.py out={shlex.quote(str(out))}"
+        )
 
 
 def _prepare(work: Plan) -> Plan:
@@ -161,7 +164,7 @@ def describe(snapshot: Snapshot) -> str:
 def _dispatch(work: Plan) -> int:
     if work.site.executor == "slurm" and work.todo:
         missing = _submit(work)
-        print(f"see: python launch/show_status.py out={work.out}")
+        print(f"see: python launch/show_status.py out={shlex.quote(str(work.out))}")
         return OMISSIONS if missing else OK
     states: dict[str, str] = {}
     if work.todo:
@@ -185,7 +188,7 @@ def _submit(work: Plan) -> str:
                 compare = slurm.submit_comparison(array, identity, work.out, work.compare)
         except UserError as error:  # a partition that takes no job without a GPU, say
             print(f"missing: the comparison: {error.sentence}")
-            print(f"when the folds have ended, run: python launch/compare_runs.py out={work.out}")
+            print(f"when the folds have ended, run: python launch/compare_runs.py out={shlex.quote(str(work.out))}")
             return error.sentence
         status.write_json(jobs, {**status.read_json(jobs), "compare": compare})
         print(f"submitted job {compare}, which compares them when all have ended")

@@ -8,6 +8,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -184,7 +185,9 @@ def _check_no_live_jobs(work: dict[str, Plan], out: Path) -> None:
         alive = live_jobs(plan.out, asked)
         if alive:
             one = ", ".join(f"{name} {fold} (job {job})" for fold, job in alive.items())
-            raise UserError(f"jobs of an earlier submission are still there: {one}", f"Run: python launch/cancel_jobs.py out={out}")
+            raise UserError(
+                f"jobs of an earlier submission are still there: {one}", f"Run: python launch/cancel_jobs.py out={shlex.quote(str(out))}"
+            )
 
 
 def _prepare(nodes: dict[str, Node], levels: list[list[Plan]], out: Path) -> list[list[Plan]]:
@@ -228,7 +231,7 @@ def _submit(options: SweepOptions, levels: list[list[Plan]], out: Path, compare:
         if after:  # a half of a sweep is of no use: what is queued already goes again
             cancel(out)
         raise
-    print(f"see: python launch/show_status.py out={out}\n{out}")
+    print(f"see: python launch/show_status.py out={shlex.quote(str(out))}\n{out}")
 
 
 def _run_here(options: SweepOptions, levels: list[list[Plan]], out: Path, compare: str) -> int:

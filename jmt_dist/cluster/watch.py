@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def _comparison(out: Path) -> list[status.Row]:
     else:
         ended = slurm.sacct(job)
         state = _ENDED.get(ended, "failed")
-        reason = f"{ended or 'no table'}; run: python launch/compare_runs.py out={out}" if state == "failed" else ""
+        reason = f"{ended or 'no table'}; run: python launch/compare_runs.py out={shlex.quote(str(out))}" if state == "failed" else ""
     home = out / "jobs" / str(record.get("submission", ""))
     log = next((str(path) for folder in ("compare", "*/compare") for path in home.glob(f"{folder}/{job}_0_log.out")), "")
     return [status.Row(COMPARISON, state, "", "", "", "", "", job, node, "", log, reason)]

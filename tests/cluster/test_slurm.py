@@ -234,22 +234,23 @@ def test_a_refused_comparison_is_said_and_leaves_the_folds_in_the_queue(
 
 
 def test_the_comparison_has_a_row_and_its_failure_is_shown(tmp_path: Path, slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status.update_status(tmp_path, "official", state="done")
+    out = tmp_path / "a run"
+    status.update_status(out, "official", state="done")
     entry = {"fold": "official", "job": "77_0", "log": "x"}
     jobs = {"executor": "slurm", "array": "77", "folds": ["official"], "submission": "now", "compare": "78", "jobs": [entry]}
-    status.write_json(tmp_path / "jobs.json", jobs)
-    (tmp_path / "jobs" / "now" / "compare").mkdir(parents=True)
-    (tmp_path / "jobs" / "now" / "compare" / "78_0_log.out").write_text("oom-kill\n")
+    status.write_json(out / "jobs.json", jobs)
+    (out / "jobs" / "now" / "compare").mkdir(parents=True)
+    (out / "jobs" / "now" / "compare" / "78_0_log.out").write_text("oom-kill\n")
     fakeslurm.write("77_0", state="COMPLETED")
     fakeslurm.write("78", state="PENDING")
-    assert [(row.fold, row.state, row.reason) for row in watch.rows(tmp_path)][1:] == [("comparison", "pending", "Priority")]
+    assert [(row.fold, row.state, row.reason) for row in watch.rows(out)][1:] == [("comparison", "pending", "Priority")]
     fakeslurm.write("78", state="OUT_OF_MEMORY")
-    assert watch.watch(tmp_path, lines=5) == 3
+    assert watch.watch(out, lines=5) == 3
     text = capsys.readouterr().out
     assert "1 of 1 folds are done" in text and "comparison  failed" in text and "  oom-kill" in text
-    assert f"(OUT_OF_MEMORY; run: python launch/compare_runs.py out={tmp_path})" in text
-    (tmp_path / "table1.csv").write_text("by hand\n")
-    assert watch.watch(tmp_path, lines=5) == 0
+    assert f"(OUT_OF_MEMORY; run: python launch/compare_runs.py out='{out}')" in text
+    (out / "table1.csv").write_text("by hand\n")
+    assert watch.watch(out, lines=5) == 0
 
 
 def test_a_variable_of_sbatch_does_not_overrule_the_site_file(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
