@@ -27,6 +27,7 @@ from jmt_dist.recipe import build, dump, load_recipe, parse_word, read_layers
 
 COMPARE = "jmt_dist.cluster.compare:compare_sweep"
 LEVELS = ("backbones", "features", "variants")
+RESERVED = (SHARED, "jobs", "snapshot")  # folders that a sweep has beside those of its variants
 
 
 def read_sweep(path: Path) -> SweepFile:
@@ -34,8 +35,11 @@ def read_sweep(path: Path) -> SweepFile:
     sweep = build(SweepFile, read_layers(path))
     found = sweep.variants or _named(_combinations(sweep) if sweep.grid else _draws(sweep))
     for name in found:
-        if not re.fullmatch(r"[\w\-][\w.\-]*", name) or name == SHARED:
-            raise UsageError(f"variant {name!r} of {path} cannot name a folder", "Use letters, digits, `-`, `_` and `.`.")
+        if not re.fullmatch(r"[\w\-][\w.\-]*", name) or name in RESERVED:
+            raise UsageError(
+                f"variant {name!r} of {path} cannot name a folder",
+                f"Use letters, digits, `-`, `_` and `.`; a sweep has folders {', '.join(RESERVED)} of its own.",
+            )
     return sweep.model_copy(update={"recipe": str(path.parent / sweep.recipe), "variants": found})
 
 

@@ -112,7 +112,7 @@ def test_six_folds_disturbed_end_as_six_undisturbed_ones(place: Path, undisturbe
     killed = wait_value(lambda: in_training(out, {requeued, orphaned}))
     os.kill(json.loads((out / killed / "lease.json").read_text())["pid"], signal.SIGKILL)
     bring_back("n2")
-    wait_for(lambda: (out / "table1.csv").is_file(), 400)
+    wait_for(lambda: (out / "table1.csv").is_file(), 900)
 
     assert (out / "table1.csv").read_text() == table1_csv(read_run(undisturbed))
     assert "nan" not in (out / "table1.csv").read_text()

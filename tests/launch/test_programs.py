@@ -177,8 +177,9 @@ def test_a_grid_is_every_combination_and_random_draws_repeat(tmp_path: Path) -> 
 def test_a_mistake_in_any_variant_is_found_before_the_first_is_submitted(workplace: Workplace) -> None:
     with pytest.raises(UsageError, match=r"variant `b` .*fusion\.modle"):
         variants(write_sweep(workplace, "  a: []\n  b: [fusion.modle=jmt]\n"), [])
-    with pytest.raises(UsageError, match="cannot name a folder"):
-        variants(write_sweep(workplace, "  a/b: []\n"), [])
+    for name in ("a/b", "shared", "jobs", "snapshot"):
+        with pytest.raises(UsageError, match="cannot name a folder"):
+            variants(write_sweep(workplace, f"  {name}: []\n"), [])
     with pytest.raises(UsageError, match="variants"):
         variants(write_sweep(workplace, "  {}\n"), [])
 
