@@ -42,7 +42,8 @@ def evaluate(plan: FoldPlan) -> dict[str, Any]:
     folder = plan.folder / "evaluate"
     tuned = [finetune_key(plan, seed) for seed in plan.recipe.fusion.seeds] if plan.recipe.finetune else []
     key = make_key("evaluate", plan.recipe.evaluate.model_dump(), [plan.fusion_key(*pair) for pair in plan.fusions()], *tuned)
-    done = from_first(finished(folder, key) if rank() == 0 else None)
+    weights = _weights(plan)
+    done = from_first(_done(finished(folder, key), weights) if rank() == 0 else None)
     if done is not None:
         return dict(done["metrics"])
     for model, seed in plan.fusions():
@@ -64,13 +65,28 @@ def evaluate(plan: FoldPlan) -> dict[str, Any]:
         with contextlib.suppress(stop.Stopped):  # said to all ranks below
             metrics.update(_evaluate(plan, go_on))
             write_json(plan.folder / "metrics.json", metrics)
-            write_json(folder / "done.json", {"key": key, "metrics": metrics})
+            write_json(folder / "done.json", {"key": key, "metrics": metrics, "weights": weights})
 
     # the trainings of a zoo, test units included, take a CPU longer than a collective may
     apart(work if rank() == 0 else None, lambda place: plan.around.watch.beat(f"evaluate{place and ', '}{place}", alone=not place))
     if not from_first(bool(metrics)):
         raise stop.Stopped(stop.requested() or "another rank was asked to stop")
     return metrics
+
+
+def _weights(plan: FoldPlan) -> dict[str, str]:
+    """The digests of the weights that are evaluated, by their folder, of those trainings that are done."""
+    recipe = plan.recipe
+    folders = {fusion_folder(plan, *pair): plan.fusion_key(*pair) for pair in plan.fusions()}
+    folders |= {finetune_folder(plan, seed): finetune_key(plan, seed) for seed in recipe.fusion.seeds if recipe.finetune}
+    results = {str(folder.relative_to(plan.folder)): finished(folder, key) for folder, key in folders.items()}
+    return {name: str(result["weights"]) for name, result in results.items() if result and result.get("weights")}
+
+
+def _done(result: dict[str, Any] | None, weights: Mapping[str, str]) -> dict[str, Any] | None:
+    """The result, unless it is of other weights: a stage whose folder was removed is trained again under the same key."""
+    then: dict[str, str] = (result or {}).get("weights", {})
+    return None if any(then.get(name, now) != now for name, now in weights.items()) else result
 
 
 def _units(plan: FoldPlan, features: FeatureSet) -> list[UnitRows]:

@@ -86,6 +86,16 @@ def in_turn(rank: int, place: Path) -> list[tuple[str, str, list[str]]]:
     (place / "whole/official/evaluate/done.json").unlink()
     for stage in ("features", "fusion", "evaluate"):
         found.append((f"{stage} after visual", run(place, "whole", stage, "evaluate.test=true")[0], []))
+    for stage in ("features", "fusion"):  # as one is told
+        shutil.rmtree(place / "whole/official" / stage)
+    found.append(("made anew", run(place, "whole", "features,fusion,evaluate", "evaluate.test=true")[0], []))
+    scores = [(place / "whole/official/metrics.json").read_text()]
+    retrain(place / "whole/official/fusion/concat-seed0")
+    for _ in range(2):
+        found.append(("evaluate after fusion", run(place, "whole", "evaluate", "evaluate.test=true")[0], []))
+        scores.append(f"{(place / 'whole/official/metrics.json').stat().st_mtime_ns}")
+        assert (place / "whole/official/metrics.json").read_text() != scores[0]  # not the scores of the weights that were there before
+    assert scores[1] == scores[2]
     return found
 
 
@@ -129,7 +139,7 @@ def test_each_stage_runs_by_itself_and_names_the_stage_that_must_be_run_before_i
     ]
     other = "OUT/features was made by another training of the visual stage than OUT/visual holds now."
     remove = "Remove features and fusion of OUT: they are then made anew; or put the visual stage back."
-    assert said[16:] == [f"{other} {remove}"] * 3
+    assert said[16:] == [f"{other} {remove}"] * 3 + [""] * 3
     assert f"{place}/whole/official/features holds no features of part test: what is not stored whole is computed now" in steps[14][2]
     assert set(read_predictions(place / "whole/official/evaluate/concat-seed0/test.parquet")) == {"u7"}
     assert [there for _, _, there in steps[:3]] == [[]] * 3 and steps[8][2] == ["audio", "features", "visual"]
