@@ -129,7 +129,8 @@ def run_source(out: Path, fold: str = OFFICIAL, model: str = "", seed: int = -1)
     """The weights of a fold of a run folder.
 
     Raises UserError where there is no recipe or the fold is not done: its weights may be of another recipe, from before it was submitted
-    again; a model of other attention scores, say, has the same shapes. UsageError for an unknown model.
+    again; a model of other attention scores, say, has the same shapes. Likewise where a backbone was trained again since the features
+    were made. UsageError for an unknown model.
     """
     if not (out / RECIPE).is_file():
         raise UserError(f"{out} is neither a run folder nor an exported model", "Give a folder of submit_folds.py or export_model.py.")
@@ -137,11 +138,12 @@ def run_source(out: Path, fold: str = OFFICIAL, model: str = "", seed: int = -1)
     name = model or recipe.fusion.model
     if name not in FUSION_MODELS:
         raise UsageError(f"there is no fusion model `{name}`", nearest(name, FUSION_MODELS))
-    state = _state(out / fold / "status.json")
+    state = str(_read(out / fold / "status.json").get("state", ""))
     if state not in ("", "done"):
         sentence = f"fold {fold} of {out} is not done ({state}): its weights may be of other settings than {RECIPE}"
         raise UserError(sentence, "Wait for its job, or run it to its end; stages that are done are not repeated.")
     _same_model(out, fold, name, recipe)
+    _same_backbones(out / fold)
     chosen = seed if seed >= 0 else recipe.fusion.seeds[0]
     folders = {"visual": "visual", "audio": "audio", "fusion": f"fusion/{name}-seed{chosen}"}
     weights = {part: out / fold / where / "best.safetensors" for part, where in folders.items()}
@@ -149,11 +151,12 @@ def run_source(out: Path, fold: str = OFFICIAL, model: str = "", seed: int = -1)
     return Source(recipe, fold, name, chosen, weights, json.loads(metrics.read_text()) if metrics.is_file() else None)
 
 
-def _state(status: Path) -> str:
+def _read(path: Path) -> dict[str, Any]:
     try:
-        return str(json.loads(status.read_text(encoding="utf-8")).get("state", ""))
-    except (OSError, ValueError, AttributeError):
-        return ""
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _same_model(out: Path, fold: str, name: str, recipe: Recipe) -> None:
@@ -164,6 +167,16 @@ def _same_model(out: Path, fold: str, name: str, recipe: Recipe) -> None:
         if made.get(key, now[key]) != now[key]:
             sentence = f"fold {fold} of {out} was trained with {key}={made[key]}, its {RECIPE} is of other folds and says {now[key]}"
             raise UserError(sentence, f"Train the fold again, or put {key} back in {out / RECIPE}.")
+
+
+def _same_backbones(fold: Path) -> None:
+    """Refuse a backbone beside a fusion that was trained on another one's features: `run_fold.py stages=[visual]` alone leaves that."""
+    made_by = _read(fold / "features" / "backbones.json")
+    for part in ("visual", "audio"):
+        weights = _read(fold / part / "done.json").get("weights")
+        if weights and made_by.get(part, weights) != weights:
+            sentence = f"{fold / 'features'} was made by another training of the {part} stage than {fold / part} holds now"
+            raise UserError(sentence, f"Remove features and fusion of {fold} and run these stages, or put the {part} stage back.")
 
 
 def exported_source(folder: Path) -> Source:

@@ -213,6 +213,15 @@ def test_what_cannot_be_exported_or_loaded_is_said(place, tmp_path):
         with pytest.raises(UserError, match=rf"official of .* is not done \({state}\): its weights may be of other settings"):
             run_source(tmp_path / "run")
     status.write_text(json.dumps({"state": "done"}))
+    for part, weights in (("features", ""), ("visual", "two"), ("audio", "one")):
+        (tmp_path / "run" / "official" / part).mkdir(exist_ok=True)
+        (tmp_path / "run" / "official" / part / "done.json").write_text(json.dumps({"weights": weights}))
+    made_by = tmp_path / "run" / "official" / "features" / "backbones.json"
+    made_by.write_text(json.dumps({"visual": "one", "audio": "one"}))
+    with pytest.raises(UserError, match="features was made by another training of the visual stage"):
+        run_source(tmp_path / "run")
+    made_by.write_text(json.dumps({"visual": "two", "audio": "one"}))
+    assert run_source(tmp_path / "run").fold == "official"
     (tmp_path / "run" / "official" / "visual" / "best.safetensors").write_bytes(
         (tmp_path / "run" / "official" / "audio" / "best.safetensors").read_bytes()
     )
