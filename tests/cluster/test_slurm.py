@@ -255,6 +255,7 @@ def test_the_comparison_has_a_row_and_its_failure_is_shown(tmp_path: Path, slurm
 
 def test_a_variable_of_sbatch_does_not_overrule_the_site_file(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"ACCOUNT": "theirs", "QOS": "low", "TIMELIMIT": "1", "RESERVATION": "r", "GRES": "gpu:1", "MAIL_TYPE": "ALL"}
+    given |= {"OUTPUT": "mine.log", "ERROR": "mine.err", "WAIT": "1", "CPUS_PER_GPU": "2"}  # our logs would be elsewhere
     for name, value in given.items():
         monkeypatch.setenv(f"SBATCH_{name}", value)
     with slurm_queue.submitting(Site(account="mine", extra={"mail-type": "END"})):
