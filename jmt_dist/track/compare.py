@@ -171,7 +171,8 @@ def other_settings(run: RunResult) -> list[str]:
 def _decides(key: str) -> bool:
     """Whether a recipe's key can change a fold's scores."""
     group, name = key.split(".")[0], key.split(".")[-1]
-    return group in SETTINGS and name not in ("keep", "save_steps", "baselines", "baseline_folds", "test", "withhold", "bootstrap")
+    beside = ("keep", "save_steps", "baselines", "baseline_folds", "test", "withhold", "bootstrap")
+    return group in SETTINGS and name not in beside and key != "features.batch"
 
 
 def mean_and_std(rows: Iterable[Sequence[float]]) -> tuple[list[float], list[float]] | None:

@@ -198,7 +198,8 @@ def test_unfinished_folds_are_rows_not_crashes(tmp_path):
 def test_folds_of_other_settings_are_named(tmp_path):
     """As where another recipe was submitted to the folder for one fold: recipe.yaml is then that one's."""
     out = make_light(tmp_path / "run", {"official": (0.5, 0.6), "fold-1": (0.4, 0.5), "fold-2": (0.3, 0.4)}, ("fusion.optimizer.lr=1e-5",))
-    jobs = {"official": ["fusion.optimizer.lr=1e-5", "stages=[evaluate]", "visual.keep=1"], "fold-1": [], "fold-2": None}
+    same = ["fusion.optimizer.lr=1e-5", "stages=[evaluate]", "visual.keep=1", "features.batch=3"]
+    jobs = {"official": same, "fold-1": [], "fold-2": None}
     for fold, words in jobs.items():
         spool = Spool(out / fold / "spool")
         if words is not None:
