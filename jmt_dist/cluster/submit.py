@@ -16,6 +16,7 @@ from jmt_dist.cluster import preflight, site, status
 from jmt_dist.cluster.options import SubmitOptions
 from jmt_dist.cluster.plan import Plan
 from jmt_dist.cluster.share import check_sources
+from jmt_dist.cluster.slurm import Array
 from jmt_dist.cluster.snapshot import Snapshot, snapshot_folder, take_snapshot
 from jmt_dist.config import Recipe, Site
 from jmt_dist.errors import UserError
@@ -175,23 +176,32 @@ def _dispatch(work: Plan) -> int:
 
 
 def _submit(work: Plan) -> str:
-    """Submit the folds and their comparison; returns why there will be no comparison, which is no reason to do without the folds."""
+    """Submit the folds and their comparison; returns why there will be no comparison."""
     from jmt_dist.cluster import slurm
 
-    array, jobs = slurm.of_plan(work), work.out / "jobs.json"
+    array = slurm.of_plan(work)
     with slurm.submitting(work.site):
         identity, _ = slurm.submit_array(array)
     print(f"submitted array {identity}: {len(work.todo)} fold job(s)", flush=True)
-    if work.compare:
-        try:
-            with slurm.submitting(work.site):
-                compare = slurm.submit_comparison(array, identity, work.out, work.compare)
-        except UserError as error:  # a partition that takes no job without a GPU, say
-            print(f"missing: the comparison: {error.sentence}")
-            print(f"when the folds have ended, run: python launch/compare_runs.py out={shlex.quote(str(work.out))}")
-            return error.sentence
-        status.write_json(jobs, {**status.read_json(jobs), "compare": compare})
-        print(f"submitted job {compare}, which compares them when all have ended")
+    return submit_comparison(array, identity, work.out / "jobs.json", work.compare) if work.compare else ""
+
+
+def submit_comparison(array: Array, identity: str, record: Path, compare: str) -> str:
+    """Submit the job that compares what an array has done, and write it into `record`, beside the folds.
+
+    Returns why there will be none, after saying so: no reason to do without the folds.
+    """
+    from jmt_dist.cluster import slurm
+
+    try:
+        with slurm.submitting(array.first.site):
+            job = slurm.submit_comparison(array, identity, record.parent, compare)
+    except UserError as error:  # a partition that takes no job without a GPU, say
+        print(f"missing: the comparison: {error.sentence}")
+        print(f"when the folds have ended, run: python launch/compare_runs.py out={shlex.quote(str(record.parent))}")
+        return error.sentence
+    status.write_json(record, {**status.read_json(record), "compare": job})
+    print(f"submitted job {job}, which compares them when all have ended")
     return ""
 
 

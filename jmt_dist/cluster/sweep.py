@@ -113,8 +113,8 @@ def submit_sweep(options: SweepOptions, site: Site, words: list[str], function: 
 def submit_recipes(options: SweepOptions, recipes: dict[str, Recipe], out: Path, site: Site, function: str, compare: str) -> int:
     """Submit recipes by name to `<out>/<name>`, and what several of them share to `<out>/shared/`; the program's exit code.
 
-    SLURM: at most three arrays, backbones before features before variants, and a comparison: 0 once they are queued. Local: one
-    run folder after the other, 0 all done, 3 some folds failed, 1 all failed.
+    SLURM: at most three arrays, backbones before features before variants, and a comparison: 0 once they are queued, 3 where SLURM
+    refused the comparison alone. Local: one run folder after the other, 0 all done, 3 some folds failed, 1 all failed.
     """
     os.umask(0o077)
     nodes = graph(recipes)
@@ -131,14 +131,14 @@ def submit_recipes(options: SweepOptions, recipes: dict[str, Recipe], out: Path,
         _check_no_live_jobs(work, out)
         levels = _prepare(nodes, levels, out)
         if site.executor == "slurm" and any(plan.todo for plan in work.values()):
-            _submit(options, levels, out, compare)
+            code = _submit(options, levels, out, compare)
         else:
             return _run_here(options, levels, out, compare)
     if options.wait:
         from jmt_dist.cluster.watch import watch
 
-        return watch(out, lines=15)
-    return OK
+        return max(code, watch(out, lines=15), key=(OK, OMISSIONS, FAILED).index)
+    return code
 
 
 def _plan(options: SweepOptions, node: Node, out: Path, site: Site, function: str) -> Plan:
@@ -219,7 +219,7 @@ def _prepare(nodes: dict[str, Node], levels: list[list[Plan]], out: Path) -> lis
     return ready
 
 
-def _submit(options: SweepOptions, levels: list[list[Plan]], out: Path, compare: str) -> None:
+def _submit(options: SweepOptions, levels: list[list[Plan]], out: Path, compare: str) -> int:
     from jmt_dist.cluster import slurm
 
     after = ""
@@ -228,14 +228,13 @@ def _submit(options: SweepOptions, levels: list[list[Plan]], out: Path, compare:
             for array in _arrays(levels, out):
                 after, jobs = slurm.submit_array(replace(array, after=after))
                 print(f"submitted array {after}: {len(jobs)} task(s), {array.jobs.name}", flush=True)
-            if options.compare:
-                job = slurm.submit_comparison(array, after, out, compare)
-                status.write_json(out / SWEEP, {**status.read_json(out / SWEEP), "compare": job})
     except UserError:
         if after:  # a half of a sweep is of no use: what is queued already goes again
             cancel(out)
         raise
+    missing = submit.submit_comparison(array, after, out / SWEEP, compare) if options.compare else ""
     print(f"see: python launch/show_status.py out={shlex.quote(str(out))}\n{out}")
+    return OMISSIONS if missing else OK
 
 
 def _run_here(options: SweepOptions, levels: list[list[Plan]], out: Path, compare: str) -> int:

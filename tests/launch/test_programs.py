@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from jmt_dist.cluster import control
 from jmt_dist.cluster.graph import graph
 from jmt_dist.cluster.share import link_stages, require_done
 from jmt_dist.cluster.sweep import variants
@@ -18,6 +19,7 @@ from jmt_dist.errors import UsageError, UserError
 from jmt_dist.recipe import load_recipe
 from tests.cluster.conftest import HERE, ROOT, Workplace, starts
 from tests.cluster.test_local import wait_for
+from tests.cluster.test_slurm import SLURM, slurm  # noqa: F401
 
 DRIVER = """
 import os, sys
@@ -140,6 +142,21 @@ def test_a_failed_shared_stage_fails_those_that_need_it_at_once_and_says_why(wor
     again = start(workplace, "submit_sweep", SWEEP, *words, star={"stages": True})
     text, _ = again.communicate(timeout=90)
     assert again.returncode == 0 and "4 of 4 folds of 2 variant(s) are done" in text, text
+
+
+def test_a_refused_comparison_leaves_a_sweep_in_the_queue(
+    workplace: Workplace,
+    slurm: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FAKE_SLURM_HOLD", "1")
+    sweep, out = write_sweep(workplace, "  plain: []\n  wide: [fusion.batch=4]\n"), workplace.out()
+    words = [*SLURM, "site.partition=gpus-only", "site.gpus_per_node=1", "folds=[official]"]
+    process = start(workplace, "submit_sweep", SWEEP, f"sweep={sweep}", f"site={workplace.site}", f"out={out}", *words)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 3 and "missing: the comparison: SLURM refused the job: " in text, text
+    assert f"python launch/compare_runs.py out={out}" in text and "compare" not in json.loads((out / "sweep.json").read_text())
+    assert len(control.live_jobs(out / "plain")) == len(control.live_jobs(out / "wide")) == 1
 
 
 def test_a_grid_is_every_combination_and_random_draws_repeat(tmp_path: Path) -> None:
