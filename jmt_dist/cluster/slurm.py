@@ -81,9 +81,9 @@ def scripts(arrays: list[Array], compare: bool) -> list[tuple[str, str]]:
     return found
 
 
-# variables that sbatch would take over the lines of our scripts: what these always say or exclude, and what a field of a site decides;
-# WAIT would have the submission last until the jobs have ended
-_ALWAYS_SAID = "ARRAY_INX CPUS_PER_GPU ERROR JOB_NAME NO_REQUEUE OPEN_MODE OUTPUT REQUEUE SIGNAL TIMELIMIT WAIT".split()
+# variables that sbatch would take over the lines of our scripts: what these always say or exclude, and what a field of a site decides
+_ALWAYS_SAID = {"ARRAY_INX", "CPUS_PER_GPU", "ERROR", "JOB_NAME", "NO_REQUEUE", "OPEN_MODE", "OUTPUT", "REQUEUE", "SIGNAL", "TIMELIMIT"}
+_ALWAYS_SAID |= {"WAIT"}  # a submission would last until its jobs have ended
 _FIELDS = {"ACCOUNT": "account", "CONSTRAINT": "constraint", "PARTITION": "partition", "QOS": "qos"}
 _FIELDS |= dict.fromkeys(("GPUS", "GPUS_PER_NODE", "GPUS_PER_SOCKET", "GPUS_PER_TASK", "GRES"), "gpus_per_node")
 _FIELDS |= dict.fromkeys(("MEM_PER_CPU", "MEM_PER_GPU", "MEM_PER_NODE"), "memory_gb")
