@@ -27,6 +27,7 @@ from jmt_dist.train.weights import BEST
 
 ENGINE = "engine"  # DeepSpeed's tag inside a checkpoint folder
 KEPT = "kept-best.safetensors"  # what the stage calls best at this point
+PART = ".saving"  # a checkpoint that is being written: this and its step
 VERSION = 2  # of the folder's layout
 
 
@@ -95,6 +96,11 @@ def _deepspeed_writes(engine: Any) -> Iterator[list[OSError]]:
             setattr(writer, name, write)
 
 
+def _own(number: int) -> str:
+    """The file of a checkpoint that a rank writes itself."""
+    return f"rank-{number:05d}.pt"
+
+
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -131,7 +137,8 @@ class Checkpoints:
         final = self.folder / f"step-{step:08d}"
         if any_rank(rank() == 0 and final.exists(), self.device):
             return True  # the same step is already published: a stop request right after a regular save
-        part = self.folder / ".saving"
+        # a name of its own: on NFS another node takes a name for what it stood for up to a minute ago, here the checkpoint before
+        part = self.folder / f"{PART}-{step:08d}"
         steps = (
             lambda: self._clear(part),
             lambda: self._write(engine, part, progress, loader),
@@ -155,7 +162,8 @@ class Checkpoints:
 
     def _clear(self, part: Path) -> None:
         if rank() == 0:
-            shutil.rmtree(part, ignore_errors=True)
+            for left in self.folder.glob(f"{PART}*"):  # of starts that were killed
+                shutil.rmtree(left, ignore_errors=True)
             part.mkdir(parents=True)
 
     def _write(self, engine: Any, part: Path, progress: dict[str, Any], loader: dict[str, Any]) -> None:
@@ -165,7 +173,7 @@ class Checkpoints:
             raise failures[0]
         buffers = {name: value.detach().cpu() for name, value in engine.module.named_buffers()}
         own = {"random": _random_state(self.device), "buffers": buffers, "loader": loader}
-        _save(own, part / f"rank-{rank():05d}.pt")
+        _save(own, part / _own(rank()))
         if rank() == 0:
             (part / "progress.json").write_text(json.dumps(progress))
             self._keep_best(part / KEPT)
@@ -182,10 +190,14 @@ class Checkpoints:
     def _publish(self, part: Path, final: Path, step: int, zero: int) -> None:
         if rank() != 0:
             return
+        lacking = next((number for number in range(world()) if not (part / _own(number)).is_file()), None)
+        if lacking is not None:
+            raise OSError(f"what rank {lacking} wrote is not there: all nodes must share {self.folder}")
         files = {}
-        for path in sorted(p for p in part.rglob("*") if p.is_file()):
+        for path in sorted(part.rglob("*")):
             _sync(path)
-            files[str(path.relative_to(part))] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+            if path.is_file():
+                files[str(path.relative_to(part))] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
         manifest = {"version": VERSION, "key": self.key, "world": world(), "zero": zero, "step": step, "files": files}
         manifest["digest"] = _manifest_digest(manifest)
         (part / "manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -194,7 +206,7 @@ class Checkpoints:
         os.replace(part, final)
         _sync(self.folder)
         for old in self.found()[self.keep :]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)  # the new one is there in any case; what is left goes with the next
 
     def _refusal(self, folder: Path) -> str:
         """Why a checkpoint cannot be used; empty where it can."""
@@ -276,7 +288,7 @@ class Checkpoints:
         writers = int(json.loads((folder / "manifest.json").read_text())["world"])
         same = writers == world()
         wanted = [rank()] if same else range(writers)
-        parts = [torch.load(folder / f"rank-{number:05d}.pt", map_location="cpu", weights_only=True) for number in wanted]
+        parts = [torch.load(folder / _own(number), map_location="cpu", weights_only=True) for number in wanted]
         self._restore_best(folder)
         for name, buffer in engine.module.named_buffers():
             values = torch.stack([part["buffers"][name] for part in parts])

@@ -44,7 +44,7 @@ def extract(plan: FoldPlan) -> None:
 
 def already_whole(plan: FoldPlan, folder: Path, key: str, parts: Iterable[str]) -> bool:
     """Whether features are done with this key and as they were stored; where they are not, they count as unfinished. Collective."""
-    if not from_first(finished(folder, key) is not None):
+    if not from_first(finished(folder, key) is not None if rank() == 0 else None):
         return False
     require_own(plan, folder)
     damaged = damage_of_features(plan, folder, parts)

@@ -74,7 +74,7 @@ def _run_stage(name: str, plan: FoldPlan, spool: Spool) -> None:
     plan.around.watch.beat(f"{name}, before its first batch")
     try:
         _between(plan)
-        if plan.site.staging and name in READ_SHARDS and ranks.from_first(finished(plan.folder / name, plan.key(name)) is None):
+        if plan.site.staging and name in READ_SHARDS and not _finished(plan, name):
             plan.stage_in()  # not for stages that are done or linked: a sweep's variants read no shard
         _STAGES[name](plan, spool)
     except Exception as error:
@@ -82,6 +82,11 @@ def _run_stage(name: str, plan: FoldPlan, spool: Spool) -> None:
         if explained is error:
             raise
         raise explained from error
+
+
+def _finished(plan: FoldPlan, name: str) -> bool:
+    """Whether a stage is done, as the first rank sees it: on a network file system others may see what it wrote later. Collective."""
+    return bool(ranks.from_first(finished(plan.folder / name, plan.key(name)) is not None if ranks.rank() == 0 else None))
 
 
 def _between(plan: FoldPlan) -> None:
@@ -109,7 +114,7 @@ def _audio(plan: FoldPlan, spool: Spool) -> None:
 
 def _features(plan: FoldPlan, spool: Spool) -> None:
     for name in ("visual", "audio"):
-        if finished(plan.folder / name, plan.key(name)) is None:
+        if not _finished(plan, name):
             raise UserError(f"the {name} stage of this recipe is not done in {plan.folder}", f"Run stages=[{name}] first.")
     extract(plan)
 

@@ -42,13 +42,13 @@ def evaluate(plan: FoldPlan) -> dict[str, Any]:
     folder = plan.folder / "evaluate"
     tuned = [finetune_key(plan, seed) for seed in plan.recipe.fusion.seeds] if plan.recipe.finetune else []
     key = make_key("evaluate", plan.recipe.evaluate.model_dump(), [plan.fusion_key(*pair) for pair in plan.fusions()], *tuned)
-    weights = _weights(plan)
+    weights = _weights(plan) if rank() == 0 else {}
     done = from_first(_done(finished(folder, key), weights) if rank() == 0 else None)
     if done is not None:
         return dict(done["metrics"])
-    for model, seed in plan.fusions():
-        if finished(fusion_folder(plan, model, seed), plan.fusion_key(model, seed)) is None:
-            raise UserError(f"the fusion of model {model} with seed {seed} is not done in {plan.folder}", "Run stages=[fusion] first.")
+    left = from_first(_untrained(plan) if rank() == 0 else "")
+    if left:
+        raise UserError(f"the fusion of {left} is not done in {plan.folder}", "Run stages=[fusion] first.")
     parts = [part for part in plan.parts if part != "train"]
     seeds = plan.recipe.fusion.seeds if plan.recipe.finetune else []
     for features in (plan.folder / "features", *(finetune_folder(plan, seed) / "features" for seed in seeds)):
@@ -87,6 +87,12 @@ def _done(result: dict[str, Any] | None, weights: Mapping[str, str]) -> dict[str
     """The result, unless it is of other weights: a stage whose folder was removed is trained again under the same key."""
     then: dict[str, str] = (result or {}).get("weights", {})
     return None if any(then.get(name, now) != now for name, now in weights.items()) else result
+
+
+def _untrained(plan: FoldPlan) -> str:
+    """The first fusion of the recipe that is not trained, in words; empty where all are."""
+    left = (pair for pair in plan.fusions() if finished(fusion_folder(plan, *pair), plan.fusion_key(*pair)) is None)
+    return next((f"model {model} with seed {seed}" for model, seed in left), "")
 
 
 def _units(plan: FoldPlan, features: FeatureSet) -> list[UnitRows]:

@@ -20,7 +20,7 @@ from jmt_dist.train.checkpoint import Checkpoints
 from jmt_dist.train.engine import make_engine
 from jmt_dist.train.forecast import Forecast
 from jmt_dist.train.meter import EVERY, Meter, Pace
-from jmt_dist.train.ranks import any_rank, barrier, first_word, rank, world
+from jmt_dist.train.ranks import any_rank, barrier, first_word, from_first, rank, world
 from jmt_dist.train.results import done, finished, write_json
 from jmt_dist.train.step import take_step
 from jmt_dist.train.task import Batch, Loader, Progress, Stage, Surroundings
@@ -281,7 +281,8 @@ def _time(seconds: float) -> str:
 
 def train(stage: Stage, around: Surroundings) -> dict[str, Any]:
     """Train a stage, or return its result where it is already done with the same key."""
-    result = done(stage.folder, stage.key)
+    # the first rank's word: on a network file system the others may see a result later than it, or still see one that is gone
+    result: dict[str, Any] | None = from_first(done(stage.folder, stage.key) if rank() == 0 else None)
     if result is not None:
         return result
     trainer = Trainer(stage, around)

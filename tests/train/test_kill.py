@@ -88,7 +88,7 @@ def digests(official: Path) -> dict[str, Any]:
 def saving(out: Path, since: float) -> bool:
     """Whether a save that began after `since` is under way; what an earlier kill left behind does not count."""
     try:
-        return any(path.stat().st_mtime > since for path in out.glob("official/**/.saving"))
+        return any(path.stat().st_mtime > since for path in out.glob("official/**/.saving-*"))
     except FileNotFoundError:  # published between the listing and the look
         return False
 

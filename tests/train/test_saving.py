@@ -57,6 +57,52 @@ def test_a_rank_that_cannot_write_costs_a_checkpoint_and_nothing_else(tmp_path: 
     assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
 
 
+def apart(rank: int, folder: Path) -> Any:
+    """A stage whose folder is another one on each rank, as on two nodes' own disks, twice; and how often each rank began to train."""
+    from jmt_dist.train import stage
+
+    made, own = [], stage.Trainer.__init__
+
+    def begin(self: Any, *arguments: Any) -> None:
+        made.append(rank)
+        own(self, *arguments)
+
+    stage.Trainer.__init__ = begin  # type: ignore[method-assign]
+    with redirect_stdout(StringIO()) as said:
+        runs = [test_stage.run(rank, folder / str(rank), 2, 0, plain=True, max_epochs=1)["result"] for _ in range(2)]
+    return runs, len(made), said.getvalue()
+
+
+def test_without_a_common_folder_nothing_is_published_and_the_first_rank_says_what_is_done(tmp_path: Path) -> None:
+    found = run_ranks(2, apart, tmp_path)
+    assert "could not be written (what rank 1 wrote is not there: all nodes must share" in found[0][2]
+    assert not list(tmp_path.glob("*/checkpoints/step-*"))
+    assert [runs[1] for runs, *_ in found] == [found[0][0][0]] * 2 and [made for _, made, _ in found] == [1, 1]
+
+
+def names_of_saves(rank: int, folder: Path) -> list[list[str]]:
+    """The hidden folders that are there whenever a checkpoint is written; a start that was killed has left one behind."""
+    from jmt_dist.train.checkpoint import Checkpoints
+
+    found: list[list[str]] = []
+    own = Checkpoints._write
+
+    def write(self: Checkpoints, engine: Any, part: Path, *more: Any) -> None:
+        own(self, engine, part, *more)
+        found.append(sorted(path.name for path in self.folder.glob(".*")))
+
+    Checkpoints._write = write  # type: ignore[method-assign]
+    (folder / "checkpoints" / ".saving-00000001").mkdir(parents=True)
+    test_stage.run(rank, folder, 1, 0, plain=True, max_epochs=1)
+    return found
+
+
+def test_no_checkpoint_is_written_under_the_name_of_the_one_before(tmp_path: Path) -> None:
+    """Another node of an NFS may take that name for the folder it was: rank 8 would write into the published checkpoint."""
+    found = run_ranks(1, names_of_saves, tmp_path)[0]
+    assert len(found) == 3 and all(len(names) == 1 for names in found) and len({name for names in found for name in names}) == 3
+
+
 @contextmanager
 def small_disk(folder: Path) -> Iterator[Path]:
     folder.mkdir()
