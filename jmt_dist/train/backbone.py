@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ def training_shards(plan: FoldPlan, folder: Path, phases: Sequence[int]) -> Shar
         shutil.rmtree(chosen, ignore_errors=True)
         chosen.mkdir()
     found: ShardSet = from_first(write_phases(shards, phases, chosen) if rank() == 0 else None)
-    return found
+    own = {tar.name: tar for tar in shards.tars}  # a node's copies (site.staging) may lie elsewhere than the first one's
+    return replace(found, tars=tuple(own[tar.name] for tar in found.tars))
 
 
 def _initial(plan: FoldPlan, name: str, make: Any, options: Any) -> nn.Module:
