@@ -86,7 +86,8 @@ def _run_stage(name: str, plan: FoldPlan, spool: Spool) -> None:
 
 def _finished(plan: FoldPlan, name: str) -> bool:
     """Whether a stage is done, as the first rank sees it: on a network file system others may see what it wrote later. Collective."""
-    return bool(ranks.from_first(finished(plan.folder / name, plan.key(name)) is not None if ranks.rank() == 0 else None))
+    key = plan.key(name)  # by every rank: where it cannot be made, of lost initial weights, all say so
+    return bool(ranks.from_first(finished(plan.folder / name, key) is not None if ranks.rank() == 0 else None))
 
 
 def _between(plan: FoldPlan) -> None:

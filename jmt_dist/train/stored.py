@@ -21,6 +21,8 @@ def require_own(plan: FoldPlan, folder: Path) -> None:
 
     A stage whose folder was removed is trained again under the same key, and on a GPU, or with mended code, comes out otherwise.
     """
+    for name in ("visual", "audio"):
+        plan.key(name)  # by every rank: where it cannot be made, of lost initial weights, all say so
     other = from_first(_other_backbone(plan, folder) if rank() == 0 else "")
     if other:
         made = " and ".join(name for name in ("features", "fusion", "finetune") if (plan.folder / name).exists())

@@ -8,10 +8,12 @@ import json
 import re
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from jmt_dist.config import PackOptions
@@ -145,6 +147,35 @@ def test_each_stage_runs_by_itself_and_names_the_stage_that_must_be_run_before_i
     assert [there for _, _, there in steps[:3]] == [[]] * 3 and steps[8][2] == ["audio", "features", "visual"]
     assert steps[11][2] == ["audio", "evaluate", "features", "fusion", "visual"]
     assert json.loads((place / "whole/official/metrics.json").read_text())["frames"] == 140
+
+
+def lost_weights(rank: int, folder: Path) -> list[str]:
+    """What a rank says in three places where the first one alone looks for results, and initial weights have gone."""
+    from jmt_dist.train import fold, ranks, stored
+
+    class Plan:
+        """As far as these look at one."""
+
+        def __init__(self) -> None:
+            self.folder = folder
+
+        def key(self, name: str) -> str:
+            raise UserError(f"{name}.weights names a file that does not exist")
+
+    ranks.start(torch.device("cpu"))
+    plan, found = cast(Any, Plan()), []
+    looks = [partial(stored.require_own, plan, folder), partial(stored.require_whole, plan, folder, [])]
+    for look in (partial(fold._finished, plan, "visual"), *looks):
+        try:
+            look()
+        except UserError as error:
+            found.append(str(error))
+    return found
+
+
+def test_lost_initial_weights_are_said_by_every_rank(tmp_path: Path) -> None:
+    (tmp_path / "backbones.json").write_text("{}")
+    assert run_ranks(2, lost_weights, tmp_path) == [["visual.weights names a file that does not exist"] * 3] * 2
 
 
 def tars(out: Path, part: str) -> list[Path]:
