@@ -17,7 +17,28 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
-class FrozenBatchNorm(_BatchNorm):
+class LocalBatchNorm(_BatchNorm):
+    """torch's BatchNorm, but its weight and bias may be of a narrower type than its statistics.
+
+    bf16 and fp16 engines make parameters so and leave buffers in float32, which torch refuses.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        _check_dimensions(input)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C, …] → the same shape."""
+        if self.weight is None or self.running_mean is None or self.weight.dtype == self.running_mean.dtype:
+            return super().forward(input)
+        self._check_input_dim(input)
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else momentum
+        return F.batch_norm(input, self.running_mean, self.running_var, *_widened(self), self.training, momentum, self.eps)
+
+
+class FrozenBatchNorm(LocalBatchNorm):
     """Normalises by its running statistics, in training too, and never changes them; weight and bias still train.
 
     `train()` has no effect on it, so that no caller can thaw it by accident.
@@ -27,16 +48,13 @@ class FrozenBatchNorm(_BatchNorm):
         """Stay in evaluation mode, whatever `mode` says."""
         return super().train(False)
 
-    def _check_input_dim(self, input: Tensor) -> None:
-        _check_dimensions(input)
-
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, …] → the same shape."""
         self._check_input_dim(input)
-        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        return F.batch_norm(input, self.running_mean, self.running_var, *_widened(self), False, 0.0, self.eps)
 
 
-class SyncBatchNorm(_BatchNorm):
+class SyncBatchNorm(LocalBatchNorm):
     """BatchNorm over the batches of all ranks: N ranks compute, forward and backward, what one rank would on all of it.
 
     Works on any device and backend, for [N, C] to [N, C, D, H, W], and for ranks of unequal or even empty batches.
@@ -44,9 +62,6 @@ class SyncBatchNorm(_BatchNorm):
     The input's gradient is of the **sum** of the ranks' losses; weight and bias get this rank's share of it, which
     the engine averages over ranks like every other parameter's. Without a process group, plain BatchNorm.
     """
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        _check_dimensions(input)
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, …] → the same shape. ValueError in training where all ranks together have one value per channel."""
@@ -139,6 +154,13 @@ def _check_dimensions(x: Tensor) -> None:
         raise ValueError(f"BatchNorm takes [N, C, …], not {[*x.shape]}")
 
 
+def _widened(norm: _BatchNorm) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias in the type of the running statistics."""
+    if norm.running_mean is None or norm.weight is None or norm.bias is None:
+        return norm.weight, norm.bias
+    return norm.weight.to(norm.running_mean), norm.bias.to(norm.running_mean)
+
+
 def _several_ranks() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
@@ -149,9 +171,7 @@ def prepare(model: nn.Module, mode: Literal["frozen", "local", "sync"]) -> nn.Mo
     frozen: running statistics fixed, as pretrained; weight and bias train. local: each rank normalises by its own
     batch; call `average_buffers` before every evaluation and save. sync: over the batches of all ranks.
     """
-    kind = {"frozen": FrozenBatchNorm, "sync": SyncBatchNorm}.get(mode)
-    if kind is None:
-        return model
+    kind = {"frozen": FrozenBatchNorm, "local": LocalBatchNorm, "sync": SyncBatchNorm}[mode]
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, _BatchNorm) and type(child) is not kind:

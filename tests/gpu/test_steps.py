@@ -17,14 +17,15 @@ MODELS = ("visual", "audio", "fusion")
 
 
 def make(name: str) -> nn.Module:
+    from jmt_dist.model.batchnorm import prepare
     from jmt_dist.model.heads import AudioModel, VisualModel
     from jmt_dist.model.zoo import make_fusion
 
     torch.manual_seed(0)
     if name == "visual":
-        return VisualModel(VisualOptions(depth=10, size=32, weights="none", dropout=0.0))
+        return prepare(VisualModel(VisualOptions(depth=10, size=32, weights="none", dropout=0.0)), "local")
     if name == "audio":
-        return AudioModel(AudioOptions(weights="none"))
+        return prepare(AudioModel(AudioOptions(weights="none")), "local")
     return make_fusion(FusionOptions(jmt=JmtOptions(scale="sqrt", bias="log_length")))
 
 

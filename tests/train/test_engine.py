@@ -98,7 +98,7 @@ def all_cases(rank: int, cases: list[Case]) -> list[list[torch.Tensor]]:
     accelerator: Any = get_accelerator()
     accelerator.is_fp16_supported = lambda: True
     accelerator.supported_dtypes = lambda: [torch.float, torch.half, torch.bfloat16]
-    engine._check_precision = lambda *_: None  # type: ignore[assignment]
+    engine._check_precision = lambda *_: None
     return [train(rank, case) for case in cases]
 
 

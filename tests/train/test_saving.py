@@ -67,7 +67,7 @@ def apart(rank: int, folder: Path) -> Any:
         made.append(rank)
         own(self, *arguments)
 
-    stage.Trainer.__init__ = begin  # type: ignore[method-assign]
+    stage.Trainer.__init__ = begin  # type: ignore[method-assign, assignment]
     with redirect_stdout(StringIO()) as said:
         runs = [test_stage.run(rank, folder / str(rank), 2, 0, plain=True, max_epochs=1)["result"] for _ in range(2)]
     return runs, len(made), said.getvalue()
@@ -91,7 +91,7 @@ def names_of_saves(rank: int, folder: Path) -> list[list[str]]:
         own(self, engine, part, *more)
         found.append(sorted(path.name for path in self.folder.glob(".*")))
 
-    Checkpoints._write = write  # type: ignore[method-assign]
+    Checkpoints._write = write  # type: ignore[method-assign, assignment]
     (folder / "checkpoints" / ".saving-00000001").mkdir(parents=True)
     test_stage.run(rank, folder, 1, 0, plain=True, max_epochs=1)
     return found

@@ -97,6 +97,40 @@ def test_dropout_and_running_statistics_are_those_of_a_single_pass() -> None:
     torch.testing.assert_close(found["next"], torch.rand(3), atol=0, rtol=0)
 
 
+def narrow(rank: int, modes: list[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """For each mode of BatchNorm: a bf16 engine's prediction in training, and the running means after a step."""
+    from jmt_dist.model.batchnorm import prepare
+    from jmt_dist.train.ranks import start
+    from jmt_dist.train.step import take_step
+
+    start(CPU)
+    found = []
+    for mode in modes:
+        model = prepare(net(plain=False)[:3], mode)  # type: ignore[index, arg-type]
+        wrapped = make_engine(
+            nn.Sequential(model, nn.Linear(16, 2)), engine=EngineOptions(precision="bf16"), optimizer=OptimizerOptions(lr=0.3),
+            schedule=ScheduleOptions(), steps=1, micro_batch=ROWS, accumulation=1, device=CPU,
+        )  # fmt: skip
+        inputs, target = data()
+        hidden = wrapped.module[0](inputs.bfloat16()).detach()
+        batch = {"x": inputs.bfloat16(), "y": target, "id": torch.zeros(ROWS, 4)}
+        take_step(wrapped, [batch], lambda k, part, net=wrapped: (net(part["x"]), part["y"]), "batch", lambda *_: None)  # type: ignore[misc]
+        assert all(parameter.isfinite().all() for parameter in wrapped.module.parameters())
+        found.append((hidden.float(), dict(model.named_buffers())["1.running_mean"].clone()))
+    return found
+
+
+def test_batchnorm_trains_in_a_bf16_engine_which_leaves_its_statistics_in_float32() -> None:
+    modes = ["frozen", "local", "sync"]
+    inputs, _ = data()
+    for mode, (hidden, running) in zip(modes, run_ranks(1, narrow, modes)[0], strict=True):
+        model = net(plain=False)[:3].train(mode != "frozen")  # type: ignore[index]
+        torch.testing.assert_close(hidden, model(inputs).detach(), atol=3e-2, rtol=0)  # 8 bits of mantissa
+        model(inputs)
+        assert running.dtype == torch.float32
+        torch.testing.assert_close(running, model[1].running_mean, atol=5e-3, rtol=0)
+
+
 def validation(rank: int, counts: list[int]) -> tuple[torch.Tensor, int, dict[str, torch.Tensor]]:
     """Under ZeRO 3, where every forward is collective, this rank has `counts[rank]` batches."""
     from jmt_dist.train.ranks import sum_over_ranks
